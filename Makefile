@@ -1,0 +1,70 @@
+# One target per stage. PIPELINE is a name under pipelines/ or the path of a YAML; ARGS are overrides (key.path=value).
+PIPELINE ?= demo
+ARGS ?=
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo teachers bench test lint clean
+
+help:  ## this list
+	@echo "make STAGE [PIPELINE=demo|photos|path/to.yaml] [ARGS=\"key.path=value …\"]"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+# Everything is pinned by constraints.txt; byte-compiling is left to the first import, which halves the installation.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt torch
+	$(RUN) -m pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/ready  ## make .venv with everything in it
+
+corpus: setup  ## pack, adopt or render the corpora (contract 1)
+	$(RUN) -m pipelines corpus $(PIPELINE) $(ARGS)
+
+featurize: setup  ## compute every teacher's features once, into the target store (contract 2)
+	$(RUN) -m featurize run $(PIPELINE) $(ARGS)
+
+pretrain: setup  ## train projector, task tokens and predictors against the stored targets
+	$(RUN) -m train pretrain $(PIPELINE) $(ARGS)
+
+vpt: setup  ## optional second stage: captions, whole language model
+	$(RUN) -m train vpt $(PIPELINE) $(ARGS)
+
+finetune: setup  ## instruction tuning
+	$(RUN) -m train finetune $(PIPELINE) $(ARGS)
+
+probe: setup  ## what each layer knows: one probe per layer, before and after
+	$(RUN) -m train probe $(PIPELINE) $(ARGS)
+
+evaluate: setup  ## CV-Bench
+	$(RUN) -m pipelines evaluate $(PIPELINE) $(ARGS)
+
+report: setup  ## one self-contained page: runs/<pipeline>/report.html
+	$(RUN) -m pipelines report $(PIPELINE) $(ARGS)
+
+verify: setup  ## check every stored target against its checksum and the corpus
+	$(RUN) -m featurize verify $(PIPELINE) $(ARGS)
+
+demo: setup  ## the whole pipeline on this computer, in minutes
+	$(RUN) -m pipelines run $(PIPELINE) $(ARGS)
+
+teachers: setup  ## retrain the demo world's teachers and student base from scratch
+	$(RUN) -m pipelines teachers $(ARGS)
+
+bench: setup  ## measured ratios: stored targets against teachers online
+	$(RUN) -m pipelines bench $(ARGS)
+
+test: setup  ## the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup  ## ruff, mypy, import-linter
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+clean:  ## remove runs/$(PIPELINE)
+	rm -rf runs/$(PIPELINE)

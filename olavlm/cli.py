@@ -1,0 +1,27 @@
+"""What every command line shares: one-line errors, exit codes, and an honest word after Ctrl-C."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from olavlm.errors import OlaError
+
+
+def run(main: Callable[[], int | None], resume: str = "run the same command again to resume") -> int:
+    """Run `main` and turn what went wrong into one clear line.
+
+    Exit codes: 0 done, 1 the command ran and found a problem (`main` returned 1), 2 bad input or a full disk, 130 Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except OlaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: nothing that was finished is lost; {resume}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        print(f"error: no space left on the disk of {error.filename or 'the output folder'}; free some, then {resume}", file=sys.stderr)
+        return 2

@@ -1,0 +1,313 @@
+"""One YAML per pipeline, merged with ``key.path=value`` overrides, validated once, shared by every stage.
+
+Unknown keys are refused with the nearest known name; every message names the file and the key.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from olavlm.errors import OlaError
+
+View = Literal["squash", "pad", "center_crop"]
+Codec = Literal["fp16", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Part = Literal["projector", "task_tokens", "predictors", "logit_scales", "language_model", "vision_tower"]
+
+#: Where a bare pipeline name is looked up: ``pipelines/<name>.yaml`` beside this package.
+PIPELINES = Path(__file__).resolve().parents[1] / "pipelines"
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LlavaJsonSource(Section):
+    """LLaVA JSON (a list of ``{id, image, conversations}``) plus the folders its ``image`` paths are relative to."""
+
+    kind: Literal["llava_json"]
+    json_file: str
+    image_roots: list[str]
+    samples_per_tar: Positive = 1000
+
+
+class CaptionFolderSource(Section):
+    """A folder of images with a ``.txt`` caption of the same stem beside each."""
+
+    kind: Literal["caption_folder"]
+    folder: str
+    samples_per_tar: Positive = 1000
+
+
+class WebDatasetSource(Section):
+    """Existing WebDataset tars, adopted in place: only the index is written."""
+
+    kind: Literal["webdataset"]
+    tars: str  # a glob
+
+
+class DemoWorldSource(Section):
+    """Rendered scenes of the demo world; `split` names a range of scene seeds disjoint from every other split's."""
+
+    kind: Literal["demo_world"]
+    split: Literal["pretrain", "finetune", "probe"]
+    scenes: Positive
+    samples_per_tar: Positive = 250
+
+
+class PhotosSource(Section):
+    """Photographs that installable packages carry (scikit-image, scikit-learn), with captions written for them."""
+
+    kind: Literal["photos"]
+    samples_per_tar: Positive = 8
+
+
+Source = Annotated[
+    LlavaJsonSource | CaptionFolderSource | WebDatasetSource | DemoWorldSource | PhotosSource,
+    Field(discriminator="kind"),
+]
+
+
+class DataConfig(Section):
+    """A corpus, the target store that belongs to it, and how the corpus comes to be."""
+
+    corpus: str
+    targets: str | None = None  # absent: never featurized (fine-tuning data, for example)
+    source: Source | None = None  # absent: the corpus already exists
+    expected_images: Positive | None = None  # lets `plan` count before the corpus is there
+
+
+class TeacherConfig(Section):
+    """A teacher by registered name and weights; with the weights' hash these fields are the target's identity."""
+
+    teacher: str  # a name in featurize.teachers, e.g. depth_anything, oneformer, unclip
+    weights: str  # hub id or folder
+    revision: str | None = None
+    view: View = "squash"
+    input_size: Positive
+    grid: Positive  # targets of dense teachers are grid × grid tokens; 1 for pooled ones
+    width: Positive
+    layers: list[int] | None = None  # backbone blocks whose mean is the target, where the teacher has such a choice
+    codec: Codec = "int8"
+    dtype: Dtype = "float32"
+    batch_size: Positive = 16
+    gflop_per_image: float | None = None  # for `plan`; a forward of one image
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens per image."""
+        return self.grid * self.grid
+
+
+class StudentConfig(Section):
+    """What the student is built from, and where in its language model each task is predicted."""
+
+    vision_tower: str
+    language_model: str
+    gguf_file: str | None = None
+    vision_feature_layer: int = -2
+    tasks: list[str] = ["gen", "depth", "seg"]  # order of the task tokens in the sequence
+    task_tokens: Annotated[int, Field(ge=0)] = 8  # per task
+    layers: dict[str, list[Positive]]  # 1-based; num_hidden_layers means after the final norm
+    dims: dict[str, Positive] = {}  # inner width of a task's predictors; default: the published rule
+    predictors_read_text: bool = True
+    image_tokens: Positive | None = None  # stated where `plan` must work without weights
+    parameters: float | None = None  # billions, for `plan` without weights
+
+
+class StageConfig(Section):
+    """One training stage (pretrain, vpt, finetune)."""
+
+    data: list[str]
+    weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # sampling weight by data name; default: by size
+    init: str | None = None  # stage (or model folder) whose model this stage starts from; absent: built afresh
+    view: View = "squash"
+    allow_view_mismatch: bool = False
+    max_missing: Fraction = 0.01  # share of images that may lack a target before the job refuses to start
+    trainable: list[Part]
+    losses: dict[str, Annotated[float, Field(ge=0)]] = {}  # embedding-loss weight by task; empty: next-token only
+    contrastive: Annotated[float, Field(ge=0)] = 0.3
+    lr: Annotated[float, Field(gt=0)]
+    lrs: dict[Part, Annotated[float, Field(gt=0)]] = {}  # where a part deviates from lr
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Fraction = 0.03
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Positive | None = None
+    global_batch: Positive
+    micro_batch: Positive
+    group_by_length: bool = False
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    max_length: Positive = 4096
+    dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
+    loader_threads: Positive = 2
+    log_every: Positive = 10
+    checkpoint_every: Positive = 200
+    keep: Positive = 2
+
+
+class ProbeConfig(Section):
+    """Per-layer probes: one plain predictor per layer and task on a frozen student, targets from the store."""
+
+    data: str
+    students: list[str]  # `initial` (as built), or stage names
+    tasks: list[str]
+    layers: list[Positive] | None = None  # default: all
+    view: View = "squash"
+    steps: Positive = 200
+    batch: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    max_length: Positive = 512
+
+
+class EvalConfig(Section):
+    """CV-Bench from its published Parquet layout."""
+
+    cv_bench: str  # folder with test_2d.parquet and test_3d.parquet
+    scenes: Positive | None = None  # demo world: rendered into that folder if it is not there
+    student: str = "finetune"
+    batch: Positive = 16
+    max_new_tokens: Positive = 128
+    limit: Positive | None = None
+
+
+class FeaturizeConfig(Section):
+    """How the featurization job runs; nothing here changes what is stored."""
+
+    executor: Literal["ray", "inprocess"] = "ray"
+    workers: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    decode_threads: Positive = 2
+    block: Annotated[int, Field(gt=0, le=256)] = 256  # images per Zarr shard
+    teacher_tflops: float | None = None  # sustained, per device, for `plan`
+    training_runs: Positive = 3  # experiments the store will serve, for `plan`'s break-even
+
+
+class PipelineConfig(Section):
+    """A whole pipeline file."""
+
+    name: str
+    run_dir: str = "runs/${name}"
+    seed: int = 0
+    data: dict[str, DataConfig]
+    teachers: dict[str, TeacherConfig] = {}
+    featurize: FeaturizeConfig = FeaturizeConfig()
+    student: StudentConfig
+    stages: dict[Literal["pretrain", "vpt", "finetune"], StageConfig]
+    probe: ProbeConfig | None = None
+    eval: EvalConfig | None = None
+
+    @model_validator(mode="after")
+    def _references(self) -> "PipelineConfig":
+        def known(key: str, value: str, names: Any) -> None:
+            if value not in names:
+                raise ValueError(f"{key}: {value!r} is not defined here; known: {', '.join(sorted(names)) or 'none'}")
+
+        for task in self.student.tasks:
+            known("student.tasks", task, self.teachers)
+        for task in self.student.layers:
+            known("student.layers", task, self.student.tasks)
+        for name, stage in self.stages.items():
+            for data in stage.data:
+                known(f"stages.{name}.data", data, self.data)
+            for data in stage.weights:
+                known(f"stages.{name}.weights", data, stage.data)
+            for task in stage.losses:
+                known(f"stages.{name}.losses", task, self.student.layers)
+            if stage.global_batch % stage.micro_batch:
+                raise ValueError(
+                    f"stages.{name}.micro_batch: {stage.micro_batch} does not divide global_batch {stage.global_batch}"
+                )
+            if stage.losses:
+                for data in stage.data:
+                    if self.data[data].targets is None:
+                        raise ValueError(f"data.{data}.targets: stage {name} has embedding losses and needs a store")
+        if self.probe:
+            known("probe.data", self.probe.data, self.data)
+            for task in self.probe.tasks:
+                known("probe.tasks", task, self.teachers)
+        return self
+
+
+def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read, merge and validate a pipeline.
+
+    Args:
+        pipeline: a name (``demo`` → ``pipelines/demo.yaml``) or the path of a YAML file.
+        overrides: ``key.path=value`` strings, values in YAML (``student.layers.depth=[3]``).
+
+    Raises:
+        OlaError: no such file, broken YAML, unknown key, wrong type or range, naming the file and the key.
+    """
+    path = Path(pipeline)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = PIPELINES / f"{pipeline}.yaml"
+    if not path.is_file():
+        names = sorted(p.stem for p in PIPELINES.glob("*.yaml"))
+        raise OlaError(f"pipeline {pipeline!r}: no file {path}; known pipelines: {', '.join(names)}")
+    try:
+        merged = OmegaConf.load(path)
+        for override in overrides or []:
+            if "=" not in override:
+                raise OlaError(f"override {override!r}: expected key.path=value")
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        raw = OmegaConf.to_container(OmegaConf.merge({"run_dir": "runs/${name}"}, merged), resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise OlaError(f"{path}: {str(error).strip().splitlines()[0]}") from None
+    try:
+        return PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        raise OlaError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML, for a run's folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as ``key: what is wrong``, with the nearest known key where the key is unknown."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        siblings = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), siblings, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(siblings))}"
+        return f"{key}: unknown key{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {message}, found {error['input']!r}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Field names allowed at a location of the pipeline file."""
+    models: list[Any] = [PipelineConfig]
+    for part in location:
+        found: list[Any] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+            else:
+                found.append(model)  # a dict key (a data name, a task) or a union tag: same section
+        models = found
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    """The section classes mentioned anywhere in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in getattr(annotation, "__args__", ()) for model in _models_in(arg)]

@@ -1,0 +1,8 @@
+"""The one exception whose message is written for the person at the keyboard."""
+
+
+class OlaError(ValueError):
+    """Bad input: the message names the file, the key, the value found and what was expected.
+
+    Command lines print it as a single line and exit with status 2; it is never raised for a bug of ours.
+    """

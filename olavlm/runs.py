@@ -1,0 +1,112 @@
+"""A run's folder (contract 3): what a stage was configured with, and whether it finished."""
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from olavlm.config import PipelineConfig
+from olavlm.data.atomic import replace
+from olavlm.errors import OlaError
+
+#: Stage keys that change how fast a stage runs, not what it computes.
+_SPEED = {"loader_threads", "log_every", "checkpoint_every", "keep"}
+
+_started: dict[Path, float] = {}
+
+
+def stage_dir(config: PipelineConfig, stage: str) -> Path:
+    """``runs/<pipeline>/<stage>``."""
+    return Path(config.run_dir) / stage
+
+
+def stages_of(config: PipelineConfig) -> list[str]:
+    """The stages this pipeline has, in the order they run."""
+    trained = [stage for stage in ("pretrain", "vpt", "finetune") if stage in config.stages]
+    featurized = any(data.targets for data in config.data.values())
+    optional = {"featurize": featurized, "probe": config.probe, "evaluate": config.eval}
+    return [s for s in ("corpus", "featurize", *trained, "probe", "evaluate") if optional.get(s, True)]
+
+
+def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
+    """Everything a stage's result depends on, as plain data; speed knobs are left out."""
+    full = config.model_dump(mode="json")
+    seed, data, stages = full["seed"], full["data"], full["stages"]
+    if stage == "corpus":
+        return {"seed": seed, "data": data, "benchmark": full["eval"] and {"scenes": full["eval"]["scenes"]}}
+    if stage == "featurize":
+        stored = {name: entry for name, entry in data.items() if entry["targets"]}
+        return {"data": stored, "teachers": full["teachers"], "block": full["featurize"]["block"]}
+    chain = {}
+    while stage in stages:  # a stage depends on those it starts from
+        chain[stage] = {k: v for k, v in stages[stage].items() if k not in _SPEED}
+        stage = stages[stage]["init"]
+    if chain:
+        used = {name for entry in chain.values() for name in entry["data"]}
+        return {
+            "seed": seed,
+            "data": {name: data[name] for name in sorted(used)},
+            "teachers": full["teachers"],
+            "student": full["student"],
+            "stages": chain,
+        }
+    students = config.probe.students if stage == "probe" and config.probe else [config.eval.student if config.eval else ""]
+    trained = {name: depends_on(config, name)["stages"] for name in students if name in stages}
+    common = {"seed": seed, "teachers": full["teachers"], "student": full["student"], "trained": trained}
+    own = full["probe"] if stage == "probe" else {k: v for k, v in (full["eval"] or {}).items() if k != "batch"}
+    return common | {stage: own}
+
+
+
+def begin(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Open a stage's folder; True if the stage has already finished with this very configuration.
+
+    Args:
+        folder: ``runs/<pipeline>/<stage>``; created if absent.
+        config: everything the stage's result depends on, as plain data.
+
+    Raises:
+        OlaError: the folder belongs to another configuration; the changed keys are named with both values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    wanted = _flat(json.loads(json.dumps(config)))
+    if file.exists():
+        found = _flat(OmegaConf.to_container(OmegaConf.load(file)))
+        changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+        if changed:
+            what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise OlaError(
+                f"{file} was made with another configuration ({what}{more}); "
+                "remove the folder to redo it, or set another run_dir=… to keep both"
+            )
+    else:
+        replace(file, OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(config)))).encode())
+    _started[folder] = time.monotonic()
+    return (folder / "done.json").exists()
+
+
+def finish(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Mark a stage as finished: its summary, its seconds (since `begin`) and this process's peak memory in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = time.monotonic() - _started[folder]
+    done = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak, 2), **summary}
+    replace(folder / "done.json", json.dumps(done, indent=2).encode())
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished stage, or None."""
+    file = folder / "done.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as ``{"a.b": value}``; lists are values."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()}

@@ -1,0 +1,76 @@
+"""``python -m pipelines``: whole pipelines, and the stages that are neither featurization nor training."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from olavlm import cli
+from olavlm.config import load_pipeline
+
+EXAMPLES = """examples:
+  python -m pipelines run demo                              everything, in minutes, on a CPU
+  python -m pipelines run photos run_dir=/tmp/photos        the same code on real photographs
+  python -m pipelines run demo "student.layers.depth=[3]" run_dir=runs/demo-depth3
+  python -m pipelines report demo                           runs/demo/report.html from whatever stages are there
+"""
+
+
+def main() -> int:
+    """Parse the command line and run one command; imports are deferred so that `--help` is instant."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in {
+        "run": "every stage that has not finished yet, then the report",
+        "corpus": "render, pack or adopt the pipeline's corpora and benchmark",
+        "evaluate": "run CV-Bench on the trained student",
+        "report": "write report.html and summary.json from whatever stages are there",
+        "show": "print the resolved configuration",
+    }.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key of the pipeline")
+    teachers = commands.add_parser("teachers", help="retrain the demo world's teachers and student base from scratch")
+    teachers.add_argument("--out", type=Path, default=Path("runs/teachers"), help="where they go (%(default)s)")
+    teachers.add_argument("--quick", action="store_true", help="a few steps each: checks the recipe, not the weights")
+    bench = commands.add_parser("bench", help="measured ratios: stored targets against teachers in the training step")
+    bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
+    args = parser.parse_args()
+
+    if args.command == "teachers":
+        from pipelines.demo_world.recipe import train_all
+
+        train_all(args.out, quick=args.quick)
+        return 0
+    if args.command == "bench":
+        from pipelines.bench import bench as run_bench
+
+        run_bench(full_size=args.full_size)
+        return 0
+
+    config = load_pipeline(args.pipeline, args.overrides)
+    if args.command == "run":
+        from pipelines.runner import run
+
+        return run(config, args.pipeline, args.overrides)
+    if args.command == "corpus":
+        from pipelines.corpus import build
+
+        build(config)
+    elif args.command == "evaluate":
+        from pipelines.evaluate import evaluate
+
+        evaluate(config)
+    elif args.command == "report":
+        from pipelines.report import report
+
+        report(config)
+    else:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
