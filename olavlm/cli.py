@@ -23,5 +23,8 @@ def run(main: Callable[[], int | None], resume: str = "run the same command agai
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        print(f"error: no space left on the disk of {error.filename or 'the output folder'}; free some, then {resume}", file=sys.stderr)
+        print(
+            f"error: no space left on the disk of {error.filename or 'the output folder'}; free some, then {resume}",
+            file=sys.stderr,
+        )
         return 2

@@ -258,6 +258,8 @@ def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> Pipeline
         raise OlaError(f"pipeline {pipeline!r}: no file {path}; known pipelines: {', '.join(names)}")
     try:
         merged = OmegaConf.load(path)
+        if not OmegaConf.is_dict(merged):
+            raise OlaError(f"{path}: expected a mapping with the keys {', '.join(PipelineConfig.model_fields)}")
         for override in overrides or []:
             if "=" not in override:
                 raise OlaError(f"override {override!r}: expected key.path=value")

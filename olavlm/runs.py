@@ -54,12 +54,13 @@ def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
             "student": full["student"],
             "stages": chain,
         }
-    students = config.probe.students if stage == "probe" and config.probe else [config.eval.student if config.eval else ""]
+    students = (
+        config.probe.students if stage == "probe" and config.probe else [config.eval.student if config.eval else ""]
+    )
     trained = {name: depends_on(config, name)["stages"] for name in students if name in stages}
     common = {"seed": seed, "teachers": full["teachers"], "student": full["student"], "trained": trained}
     own = full["probe"] if stage == "probe" else {k: v for k, v in (full["eval"] or {}).items() if k != "batch"}
     return common | {stage: own}
-
 
 
 def begin(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -109,4 +110,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as ``{"a.b": value}``; lists are values."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

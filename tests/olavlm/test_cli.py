@@ -1,0 +1,38 @@
+"""Exit codes and messages that every command shares."""
+
+import errno
+
+import pytest
+
+from olavlm import cli
+from olavlm.errors import OlaError
+
+
+def _raise(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OlaError("demo.yaml: key: wrong"), 2, "error: demo.yaml: key: wrong\n"),
+        (KeyboardInterrupt(), 130, "run the same command again to resume"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "no space left on the disk of /data/x"),
+    ],
+)
+def test_one_line_and_an_exit_code(capsys, error, code, message):
+    assert cli.run(_raise(error)) == code
+    assert message in capsys.readouterr().err
+
+
+def test_exit_code_of_main_is_kept():
+    assert cli.run(lambda: 1) == 1
+    assert cli.run(lambda: None) == 0
+
+
+def test_our_own_bugs_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(_raise(ZeroDivisionError()))

@@ -1,0 +1,45 @@
+"""A run's folder: finished stages are recognised, changed configurations refused by name."""
+
+import pytest
+
+from olavlm import runs
+from olavlm.config import load_pipeline
+from olavlm.errors import OlaError
+
+
+def test_finished_only_after_finish(tmp_path):
+    folder = tmp_path / "stage"
+    assert not runs.begin(folder, {"a": 1})
+    assert runs.finished(folder) is None
+    assert not runs.begin(folder, {"a": 1}), "an unfinished stage is run again"
+    runs.finish(folder, {"images": 3})
+    assert runs.begin(folder, {"a": 1})
+    assert runs.finished(folder)["images"] == 3
+
+
+def test_changed_configuration_is_refused_by_name(tmp_path):
+    runs.begin(tmp_path, {"stage": {"lr": 0.1, "data": ["x"]}})
+    with pytest.raises(OlaError, match=r"stage\.lr: 0\.1 there, 0\.2 now"):
+        runs.begin(tmp_path, {"stage": {"lr": 0.2, "data": ["x"]}})
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "changes"),
+    [
+        ("stages.pretrain.lr=0.5", "pretrain", True),
+        ("stages.pretrain.lr=0.5", "finetune", True),  # it starts from pretrain's model
+        ("stages.finetune.lr=0.5", "pretrain", False),
+        ("stages.pretrain.lr=0.5", "featurize", False),
+        ("stages.pretrain.loader_threads=7", "pretrain", False),  # speed only
+        ("teachers.depth.codec=fp16", "featurize", True),
+        ("featurize.workers=3", "featurize", False),
+        ("stages.finetune.lr=0.5", "evaluate", True),
+        ("eval.batch=3", "evaluate", False),
+        ("stages.finetune.lr=0.5", "corpus", False),
+        ("data.pretrain.source.scenes=5", "corpus", True),
+    ],
+)
+def test_a_stage_depends_on_exactly_what_changes_its_result(override, stage, changes):
+    before = runs.depends_on(load_pipeline("demo"), stage)
+    after = runs.depends_on(load_pipeline("demo", [override]), stage)
+    assert (before != after) == changes
