@@ -1,0 +1,107 @@
+"""Promise 4: the order is a pure, keyed permutation, whatever the ranks."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.order import MEGABATCH, Order, permute, quotas, rank_share
+
+sizes = st.integers(1, 400)
+seeds = st.integers(0, 2**31)
+
+
+def plain(n: int, batch: int, seed: int = 0, group_keys: np.ndarray | None = None) -> Order:
+    return Order((n,), (n,), seed, batch, group_keys)
+
+
+@given(n=st.integers(1, 3000), seed=seeds, epoch=st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_permute_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert sorted(permute(np.arange(n), n, seed, epoch)) == list(range(n))
+
+
+@given(n=st.integers(1, 10**9), at=st.floats(0, 1, exclude_max=True), seed=seeds)
+@settings(max_examples=50, deadline=None)
+def test_permute_is_evaluated_at_single_points(n: int, at: float, seed: int) -> None:
+    index = np.array([int(at * n)])
+    image = permute(index, n, seed)
+    assert 0 <= image[0] < n
+    assert image[0] == permute(np.array([0, index[0], n - 1]), n, seed)[1]
+
+
+def test_a_billion_samples_cost_nothing() -> None:
+    n = 10**9
+    order = Order((n,), (n,), 0, 256)
+    batch = order.batch(3_000_000)
+    assert len(np.unique(batch)) == 256
+    assert batch.min() >= 0
+    assert batch.max() < n
+    assert batch.std() > n / 5  # spread over the whole corpus
+
+
+def test_epochs_and_seeds_differ() -> None:
+    one = plain(1000, 1000)
+    assert (one.batch(0) != one.batch(1)).mean() > 0.9
+    assert (one.batch(0) != plain(1000, 1000, seed=1).batch(0)).mean() > 0.9
+
+
+def test_permute_is_well_spread() -> None:
+    """Chi-square of where the first tenth of the positions goes: near its expectation, for many keys."""
+    counts = np.zeros(10)
+    for key in range(50):
+        counts += np.histogram(permute(np.arange(100), 1000, key), bins=10, range=(0, 1000))[0]
+    assert ((counts - 500) ** 2 / 500).sum() < 35  # 9 degrees of freedom, p ≈ 6e-5
+
+
+@given(n=sizes, batch=st.integers(1, 64), seed=seeds, grouped=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_promise_4_ordered_every_epoch_holds_every_sample_once(n: int, batch: int, seed: int, grouped: bool) -> None:
+    order = plain(n, batch, seed, np.arange(n) * 7919 % 101 if grouped else None)
+    for epoch in range(2):
+        steps = range(epoch * order.epoch_batches, (epoch + 1) * order.epoch_batches)
+        seen = np.concatenate([order.batch(step) for step in steps])
+        assert sorted(seen) == list(range(n))
+
+
+@given(n=sizes, batch=st.integers(1, 64), micro=st.integers(1, 16), ranks=st.integers(1, 5), step=st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_promise_4_ordered_ranks_share_the_same_batch(n: int, batch: int, micro: int, ranks: int, step: int) -> None:
+    whole = plain(n, batch).batch(step)
+    shares = [rank_share(whole, micro, rank, ranks) for rank in range(ranks)]
+    assert sorted(np.concatenate([chunk for share in shares for chunk in share])) == sorted(whole)
+    assert all(len(chunk) <= micro for share in shares for chunk in share)
+
+
+def test_grouping_makes_batches_alike_and_keeps_the_training_shuffled() -> None:
+    keys = np.random.default_rng(0).integers(0, 10_000, 64 * 16 * 2)
+    grouped, plain_order = plain(len(keys), 16, 0, keys), plain(len(keys), 16)
+    spread = [np.ptp(keys[grouped.batch(s)]) for s in range(grouped.epoch_batches)]
+    assert np.mean(spread) < 0.05 * np.mean([np.ptp(keys[plain_order.batch(s)]) for s in range(grouped.epoch_batches)])
+    means = np.array([keys[grouped.batch(s)].mean() for s in range(MEGABATCH)])
+    assert abs(np.corrcoef(means, np.arange(MEGABATCH))[0, 1]) < 0.5
+    inside = np.concatenate([grouped.batch(s) for s in range(MEGABATCH)])
+    assert set(inside) == {i for s in range(MEGABATCH) for i in plain_order.batch(s)}  # nothing leaves its megabatch
+
+
+@given(
+    pair=st.lists(st.tuples(st.integers(1, 200), st.floats(0.1, 10)), min_size=1, max_size=4),
+    batch=st.integers(1, 32),
+)
+@settings(max_examples=40, deadline=None)
+def test_mixture_keeps_its_shares_and_repeats_nothing_early(pair: list[tuple[int, float]], batch: int) -> None:
+    counts = tuple(size for size, _ in pair)
+    order = Order(counts, quotas(counts, [w for _, w in pair]), 3, batch)
+    assert sum(order.quotas) == sum(counts)
+    starts = np.cumsum((0, *counts))
+    seen = np.concatenate([order.batch(s) for s in range(3 * order.epoch_batches)])
+    times = np.bincount(seen, minlength=sum(counts))
+    for d, size in enumerate(counts):
+        mine = times[starts[d] : starts[d + 1]]
+        assert mine.sum() == 3 * order.quotas[d]
+        assert mine.max() - mine.min() <= 1
+        assert mine.sum() // size == mine.min()
+
+
+def test_quotas_without_weights_are_the_sizes() -> None:
+    assert quotas([5, 7], None) == (5, 7)
+    assert quotas([10, 30], [1, 1]) == (20, 20)
