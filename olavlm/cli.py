@@ -10,7 +10,8 @@ from olavlm.errors import OlaError
 def run(main: Callable[[], int | None], resume: str = "run the same command again to resume") -> int:
     """Run `main` and turn what went wrong into one clear line.
 
-    Exit codes: 0 done, 1 the command ran and found a problem (`main` returned 1), 2 bad input or a full disk, 130 Ctrl-C.
+    Exit codes: 0 done, 1 the command ran and found a problem (`main` returned 1), 2 bad input or a full disk,
+    130 Ctrl-C.
     """
     try:
         return main() or 0
@@ -23,8 +24,6 @@ def run(main: Callable[[], int | None], resume: str = "run the same command agai
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        print(
-            f"error: no space left on the disk of {error.filename or 'the output folder'}; free some, then {resume}",
-            file=sys.stderr,
-        )
+        where = error.filename or "the output folder"
+        print(f"error: no space left on the disk of {where}; free some, then {resume}", file=sys.stderr)
         return 2

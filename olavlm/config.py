@@ -257,7 +257,7 @@ def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> Pipeline
         names = sorted(p.stem for p in PIPELINES.glob("*.yaml"))
         raise OlaError(f"pipeline {pipeline!r}: no file {path}; known pipelines: {', '.join(names)}")
     try:
-        merged = OmegaConf.load(path)
+        merged: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(merged):
             raise OlaError(f"{path}: expected a mapping with the keys {', '.join(PipelineConfig.model_fields)}")
         for override in overrides or []:
@@ -275,7 +275,7 @@ def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> Pipeline
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML, for a run's folder."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return str(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
 
 
 def _explain(error: Any) -> str:
@@ -288,7 +288,7 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key{hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return message
+        return str(message)
     if error["type"] == "missing":
         return f"{key}: missing"
     return f"{key}: {message}, found {error['input']!r}"

@@ -54,12 +54,12 @@ def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
             "student": full["student"],
             "stages": chain,
         }
-    students = (
-        config.probe.students if stage == "probe" and config.probe else [config.eval.student if config.eval else ""]
-    )
+    if stage == "probe":
+        own, students = full["probe"], full["probe"]["students"]
+    else:
+        own, students = {k: v for k, v in full["eval"].items() if k != "batch"}, [full["eval"]["student"]]
     trained = {name: depends_on(config, name)["stages"] for name in students if name in stages}
     common = {"seed": seed, "teachers": full["teachers"], "student": full["student"], "trained": trained}
-    own = full["probe"] if stage == "probe" else {k: v for k, v in (full["eval"] or {}).items() if k != "batch"}
     return common | {stage: own}
 
 
@@ -75,9 +75,10 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
-    wanted = _flat(json.loads(json.dumps(config)))
-    if file.exists():
-        found = _flat(OmegaConf.to_container(OmegaConf.load(file)))
+    plain = json.loads(json.dumps(config))
+    wanted = _flat(plain)
+    if any(path.name != file.name for path in folder.iterdir()):  # else it was refused before it produced anything
+        found = _flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
         changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
         if changed:
             what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed[:5])
@@ -87,7 +88,7 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
                 "remove the folder to redo it, or set another run_dir=… to keep both"
             )
     else:
-        replace(file, OmegaConf.to_yaml(OmegaConf.create(json.loads(json.dumps(config)))).encode())
+        replace(file, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
     _started[folder] = time.monotonic()
     return (folder / "done.json").exists()
 
@@ -110,6 +111,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as ``{"a.b": value}``; lists are values."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    flat: dict[str, Any] = {}
+    for name, branch in tree.items():
+        flat |= _flat(branch, f"{prefix}.{name}" if prefix else str(name))
+    return flat

@@ -19,8 +19,15 @@ def test_finished_only_after_finish(tmp_path):
 
 def test_changed_configuration_is_refused_by_name(tmp_path):
     runs.begin(tmp_path, {"stage": {"lr": 0.1, "data": ["x"]}})
+    (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(OlaError, match=r"stage\.lr: 0\.1 there, 0\.2 now"):
         runs.begin(tmp_path, {"stage": {"lr": 0.2, "data": ["x"]}})
+
+
+def test_a_configuration_that_produced_nothing_is_replaced(tmp_path):
+    runs.begin(tmp_path, {"layers": [99]})
+    assert not runs.begin(tmp_path, {"layers": [3]})
+    assert "99" not in (tmp_path / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
