@@ -1,0 +1,140 @@
+"""One writer per tar and target set: an exclusive, heart-beaten, fenced lease in the file system.
+
+``leases/<tar>.<generation>`` says who the writer is; the highest generation is the holder, its heart the file's mtime.
+Whoever finds a dead holder takes over by creating the next generation exclusively.
+
+Fencing: a writer first lays down its temporary file, then calls `Lease.check`, then links or renames; a taker first
+creates its lease, then sweeps the temporary files of whatever it is going to publish. So a writer that wakes up after a
+takeover fails at the check or at the rename, and can never touch what its successor publishes.
+"""
+
+import glob
+import os
+import secrets
+import socket
+import threading
+from pathlib import Path
+
+from olavlm.data.atomic import publish, sweep
+
+STALE = 60.0  # seconds without a heartbeat after which a holder on another host counts as dead
+_BEAT = 10.0
+
+
+class LeaseLost(Exception):
+    """Another writer took the tar over; whatever this one still wants to publish must not appear."""
+
+
+class Lease:
+    """Held from `acquire` until `release`; usable as a context manager."""
+
+    def __init__(self, path: Path, content: bytes):
+        self.path = path
+        self._content = content
+        self._released = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"lease {path.name}", daemon=True)
+        self._heart.start()
+
+    @classmethod
+    def acquire(cls, folder: Path, name: str) -> "Lease | None":
+        """Take the lease called `name` in `folder`; None while somebody else holds it."""
+        generation = 0
+        held = _generations(folder, name)
+        if held:
+            generation = max(held)
+            if not _stale(held[generation]):
+                return None
+        path = folder / f"{name}.{generation + 1}"
+        content = f"{_host()} {os.getpid()} {secrets.token_hex(8)}".encode()
+        try:
+            publish(path, content)
+        except (FileExistsError, FileNotFoundError):
+            return None  # somebody was faster (and swept our temporary file)
+        for leftover in (path, *held.values()):
+            sweep(leftover)
+        return cls(path, content)
+
+    def check(self) -> None:
+        """Raise `LeaseLost` unless this is still the highest generation."""
+        try:
+            held = _generations(self.path.parent, self.path.name.rpartition(".")[0])
+            if held[max(held)] == self.path and self.path.read_bytes() == self._content:
+                return
+        except (ValueError, FileNotFoundError):
+            pass
+        raise LeaseLost(f"{self.path}: taken over by another writer")
+
+    def release(self) -> None:
+        """Give it up: older generations go first, so that none of their holders ever looks like the highest."""
+        self._released.set()
+        self._heart.join()
+        try:
+            self.check()
+        except LeaseLost:
+            return
+        name, _, own = self.path.name.rpartition(".")
+        held = _generations(self.path.parent, name)
+        for generation in sorted(g for g in held if g <= int(own)):
+            held[generation].unlink(missing_ok=True)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:
+                return  # taken over and finished by another
+
+
+def _generations(folder: Path, name: str) -> dict[int, Path]:
+    """Every generation of a lease that is there."""
+    found = {}
+    for path in folder.glob(f"{glob.escape(name)}.*"):
+        stem, _, generation = path.name.rpartition(".")
+        if stem == name and generation.isdigit():
+            found[int(generation)] = path
+    return found
+
+
+def _stale(path: Path) -> bool:
+    """Whether the holder is dead: its process is gone (same host), or its heart has stopped (any host)."""
+    try:
+        host, pid, _ = path.read_text().split()
+        # Ages are taken by the file system's clock: two hosts' clocks may differ by more than a minute.
+        probe = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        if now - path.stat().st_mtime > STALE:
+            return True
+    except FileNotFoundError:
+        return False  # just released; whoever asks comes back
+    return host == _host() and not _alive(int(pid))
+
+
+def _host() -> str:
+    """This host, this boot, this process namespace: where a pid means something."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}:{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process exists and is more than an unreaped zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True

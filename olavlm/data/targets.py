@@ -1,0 +1,337 @@
+"""Contract 2, the reading side: which targets a store holds, what was committed, and one image's target at a time.
+
+::
+
+    targets/
+      store.json                       schema version, corpus id
+      depth-<identity>/target.json     the identity in full, images per block
+      depth-<identity>/values.zarr     Zarr v3; one shard = one block of images of one tar, one chunk = one image
+      depth-<identity>/scales.zarr     codecs with a scale per token
+      depth-<identity>/commits/<tar>.parquet    one row per image (and per text-only sample) of a finished tar
+
+The commit is the only truth: what no commit lists does not exist, whatever bytes lie there. An image's row in the array
+is ``block * images_per_block + row``; the trainer does not need the array, it reads the byte ranges of the commits.
+"""
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from olavlm.config import Codec, Dtype, TeacherConfig, View
+from olavlm.data.atomic import ensure
+from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.errors import OlaError
+
+SCHEMA_VERSION = 1
+
+COMMIT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),  # -1: a text-only sample
+        pa.field("image_hash", pa.string()),
+        pa.field("status", pa.string(), nullable=False),  # ok | failed | no_image
+        pa.field("reason", pa.string()),  # of a failure
+        pa.field("block", pa.int32(), nullable=False),  # shard number; -1 without a target, as all the following
+        pa.field("row", pa.int32(), nullable=False),  # inside the block: the image's ordinal in its tar modulo block
+        pa.field("values_offset", pa.int64(), nullable=False),  # inside the shard object
+        pa.field("values_bytes", pa.int64(), nullable=False),
+        pa.field("scales_offset", pa.int64(), nullable=False),
+        pa.field("scales_bytes", pa.int64(), nullable=False),
+        pa.field("checksum", pa.uint32(), nullable=False),  # crc32c over key, scales, values
+        pa.field("rms", pa.float32(), nullable=False),  # of the features before quantization
+        pa.field("absmax", pa.float32(), nullable=False),
+    ]
+)
+
+
+class TarId(Protocol):
+    """What a commit needs to know of a corpus tar (`olavlm.data.corpus.Tar` has it)."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def hash(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything a target's values depend on. Another identity is another folder; nothing is ever mixed."""
+
+    task: str
+    teacher: str  # registered name
+    weights: str  # label: hub id, or the base name of a folder
+    revision: str | None
+    weights_hash: str  # over the tensors
+    compute_dtype: Dtype
+    view: View
+    input_size: int
+    preprocessing: str  # resample filter, image backend and its version, rescaling
+    position_embedding: str  # rule by which the teacher's position embeddings meet input_size
+    layers: tuple[int, ...] | None
+    pooling: str  # how the feature comes from the network's outputs
+    grid: int
+    width: int
+    codec: Codec
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        return self.grid * self.grid
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of the hash of the canonical JSON."""
+        return blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The target set's folder inside the store."""
+        return f"{self.task}-{self.digest}"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Identity":
+        """The inverse of ``dataclasses.asdict`` after JSON (``layers`` is a list there)."""
+        layers = data["layers"]
+        return cls(**{**data, "layers": None if layers is None else tuple(layers)})
+
+    def differences(self, teacher: TeacherConfig) -> list[str]:
+        """Where this identity is not what `teacher` states, as ``field: <stored> here, <wanted> wanted``.
+
+        A field the configuration leaves open (layers, revision) fits anything; weights fit by hub id or folder name.
+        """
+        wanted = {
+            "teacher": teacher.teacher,
+            "revision": teacher.revision,
+            "compute_dtype": teacher.dtype,
+            "view": teacher.view,
+            "input_size": teacher.input_size,
+            "layers": None if teacher.layers is None else tuple(teacher.layers),
+            "grid": teacher.grid,
+            "width": teacher.width,
+            "codec": teacher.codec,
+        }
+        found = asdict(self)
+        wrong = [
+            f"{name}: {found[name]!r} here, {want!r} wanted"
+            for name, want in wanted.items()
+            if want is not None and found[name] != want
+        ]
+        if self.weights not in (teacher.weights, Path(teacher.weights).name):
+            wrong.append(f"weights: {self.weights!r} here, {teacher.weights!r} wanted")
+        return wrong
+
+
+class TargetStore:
+    """All target sets of one corpus, in one folder."""
+
+    def __init__(self, path: Path, corpus_id: str):
+        self.path = path
+        self.corpus_id = corpus_id
+
+    @classmethod
+    def open(cls, path: str | Path, corpus_id: str) -> "TargetStore":
+        """Open the store of a corpus.
+
+        Raises:
+            OlaError: no store there, one of another corpus, or written by another version of the layout.
+        """
+        file = Path(path) / "store.json"
+        if not file.is_file():
+            raise OlaError(f"{file}: no target store here; `python -m featurize run` makes it")
+        try:
+            found = json.loads(file.read_text())
+            schema, corpus = found["schema"], found["corpus_id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OlaError(f"{file}: not a store.json ({error!r})") from None
+        if schema != SCHEMA_VERSION:
+            raise OlaError(f"{file}: schema {schema!r}, this version reads {SCHEMA_VERSION}")
+        if corpus != corpus_id:
+            raise OlaError(f"{file}: these targets belong to corpus {corpus}, not to corpus {corpus_id}")
+        return cls(Path(path), corpus_id)
+
+    @classmethod
+    def create(cls, path: str | Path, corpus_id: str) -> "TargetStore":
+        """Open the store of a corpus, making an empty one if there is none. Raises as `open` does."""
+        content = {"schema": SCHEMA_VERSION, "corpus_id": corpus_id}
+        ensure(Path(path) / "store.json", json.dumps(content, indent=2).encode())
+        return cls.open(path, corpus_id)
+
+    def targets(self) -> list["TargetSet"]:
+        """Every target set, by folder name."""
+        return [TargetSet(file.parent) for file in sorted(self.path.glob("*/target.json"))]
+
+    def add(self, identity: Identity, block: int) -> "TargetSet":
+        """The target set of `identity`, made with `block` images per shard if it is not there yet.
+
+        Raises:
+            OlaError: it is there with another block size.
+        """
+        folder = self.path / identity.folder
+        content = {"identity": asdict(identity), "block": block}
+        ensure(folder / "target.json", json.dumps(content, indent=2).encode())
+        (folder / "commits").mkdir(exist_ok=True)
+        (folder / "leases").mkdir(exist_ok=True)
+        found = TargetSet(folder)
+        if found.block != block:
+            raise OlaError(f"{folder}: made with featurize.block={found.block}, not {block}; keep that value")
+        return found
+
+    def find(self, task: str, teacher: TeacherConfig) -> "TargetSet":
+        """The one set of `task` whose identity is what `teacher` states.
+
+        Raises:
+            OlaError: none, or several; the message says field by field what the store has and what is wanted.
+        """
+        sets = [s for s in self.targets() if s.identity.task == task]
+        matching = [s for s in sets if not s.identity.differences(teacher)]
+        if len(matching) == 1:
+            return matching[0]
+        if not sets:
+            tasks = sorted({s.identity.task for s in self.targets()})
+            raise OlaError(f"{self.path}: no {task!r} targets here; there are: {', '.join(tasks) or 'none'}")
+        if not matching:
+            found = " | ".join(f"{s.path.name}: {'; '.join(s.identity.differences(teacher))}" for s in sets)
+            raise OlaError(f"{self.path}: no {task!r} targets of the teacher the pipeline states. {found}")
+        first, *others = [asdict(s.identity) for s in matching]
+        differing = [name for name in first if any(other[name] != first[name] for other in others)]
+        found = " | ".join(
+            f"{s.path.name}: {', '.join(f'{name}={asdict(s.identity)[name]!r}' for name in differing)}"
+            for s in matching
+        )
+        raise OlaError(f"{self.path}: {len(matching)} sets of {task!r} targets fit, remove all but one. {found}")
+
+
+class TargetSet:
+    """One teacher's targets of one corpus."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        file = path / "target.json"
+        try:
+            content = json.loads(file.read_text())
+            self.identity = Identity.from_dict(content["identity"])
+            self.block = int(content["block"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OlaError(f"{file}: not a target.json ({error!r})") from None
+        self._files = _Files()
+
+    def commit_file(self, tar: TarId) -> Path:
+        """Where the tar's commit is, once it is committed."""
+        return self.path / "commits" / f"{tar.name}.parquet"
+
+    def commit(self, tar: TarId) -> pa.Table | None:
+        """The tar's commit (`COMMIT_SCHEMA`), or None if it is not committed, or was when it had another content.
+
+        Raises:
+            OlaError: the file is not a commit of this set.
+        """
+        file = self.commit_file(tar)
+        if not file.exists():
+            return None
+        try:
+            table = pq.ParquetFile(file).read()
+            metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        except (pa.ArrowInvalid, OSError) as error:
+            raise OlaError(f"{file}: cannot be read ({error})") from None
+        if not table.schema.equals(COMMIT_SCHEMA) or metadata.get("digest") != self.identity.digest:
+            raise OlaError(
+                f"{file}: not a commit of {self.path.name}: digest {metadata.get('digest')!r}, or other columns"
+            )
+        return table if metadata["tar_hash"] == tar.hash else None
+
+    def read(self, row: Mapping[str, Any], key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+        """One image's target. Safe to call from many threads.
+
+        Args:
+            row: the image's row of a commit, with status ``ok``.
+            key: the sample the caller means to read; compared with the row's and covered by the checksum.
+
+        Returns:
+            values (tokens, width) int8 or float16, scales (tokens,) float32 or None: what `codec.decode` takes.
+
+        Raises:
+            OlaError: another key, an image without a target, missing or damaged bytes; naming the file and the key.
+        """
+        if row["key"] != key or row["status"] != "ok":
+            raise OlaError(
+                f"{self.path}: wanted the target of sample {key!r}, the commit's row is of {row['key']!r} "
+                f"with status {row['status']!r} {row['reason'] or ''}".rstrip()
+            )
+        shape = (self.identity.tokens, self.identity.width)
+        values = self._pread(self.values_file(row["block"]), row["values_offset"], row["values_bytes"], key)
+        scales = b""
+        if HAS_SCALES[self.identity.codec]:
+            scales = self._pread(self.scales_file(row["block"]), row["scales_offset"], row["scales_bytes"], key)
+        if checksum(key, scales, values) != row["checksum"]:
+            raise OlaError(
+                f"{self.values_file(row['block'])}: damaged: the target of sample {key!r}, image {row['image_index']}, "
+                "has another checksum than its commit says; `python -m featurize verify` lists all such"
+            )
+        array = np.frombuffer(values, DTYPES[self.identity.codec]).reshape(shape)
+        return array, np.frombuffer(scales, "<f4") if scales else None
+
+    def values_file(self, block: int) -> Path:
+        """The shard object with a block's values."""
+        return self.path / "values.zarr" / "c" / str(block) / "0" / "0"
+
+    def scales_file(self, block: int) -> Path:
+        """The shard object with a block's scales."""
+        return self.path / "scales.zarr" / "c" / str(block) / "0"
+
+    def _pread(self, file: Path, offset: int, count: int, key: str) -> bytes:
+        try:
+            data = self._files.pread(file, offset, count)
+        except FileNotFoundError:
+            raise OlaError(f"{file}: missing, though the target of sample {key!r} is committed in it") from None
+        if len(data) != count:
+            raise OlaError(
+                f"{file}: cut short: the target of sample {key!r} is at {offset}+{count}, found {len(data)} bytes"
+            )
+        return data
+
+
+def checksum(key: str, scales: bytes, values: bytes) -> int:
+    """Crc32c over key, scales and values: a target moved to another sample is as wrong as a damaged one."""
+    crc = google_crc32c.extend(google_crc32c.value(key.encode()), scales)
+    return int(google_crc32c.extend(crc, values))
+
+
+class _Descriptor:
+    """A file descriptor that lives as long as somebody holds it, so that evicting it cannot close it under a reader."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class _Files:
+    """The most recently used descriptors, shared by threads."""
+
+    def __init__(self, limit: int = 128):
+        self._limit = limit
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def pread(self, path: Path, offset: int, count: int) -> bytes:
+        """Up to `count` bytes at `offset`."""
+        with self._lock:
+            descriptor = self._open.get(path) or _Descriptor(path)
+            self._open[path] = descriptor
+            self._open.move_to_end(path)
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return os.pread(descriptor.fd, count, offset)
