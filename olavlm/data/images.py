@@ -1,0 +1,93 @@
+"""From encoded bytes to the RGB square a network sees: decoding, and the three views."""
+
+import contextlib
+import io
+from typing import assert_never
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from olavlm.config import View
+
+#: CLIP's mean colour (0.4815, 0.4578, 0.4082) in 8 bits: what the `pad` view fills with, as LLaVA does.
+MEAN_COLOUR = (122, 116, 104)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode an encoded image to 8-bit RGB, upright.
+
+    EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte, an animation
+    gives its first frame.
+
+    Args:
+        data: the bytes of a JPEG, PNG, WebP or any other file Pillow knows.
+
+    Returns:
+        An image of mode RGB.
+
+    Raises:
+        ValueError: the bytes are empty, truncated, damaged, no image, or more pixels than Pillow's limit. The message
+            is the reason, the same for the same bytes.
+    """
+    if not data:
+        raise ValueError("empty file (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError("not an image in a known format") from None  # Pillow's own message holds a memory address
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except (
+        Exception
+    ) as error:  # on damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error …
+        raise ValueError(f"cannot be decoded: {error}") from None
+
+
+def apply_view(
+    image: Image.Image, view: View, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Bring an image to the square a network takes.
+
+    Args:
+        image: mode RGB, any size.
+        view: ``squash`` resizes both sides, whatever the aspect; ``pad`` centres the image on a square of its long
+            side, filled with CLIP's mean colour, and resizes that (LLaVA's expand2square); ``center_crop`` resizes the
+            short side and crops the centre (CLIP).
+        size: side of the result in pixels.
+        resample: filter of the one resize.
+
+    Returns:
+        An RGB image of size × size.
+    """
+    width, height = image.size
+    match view:
+        case "squash":
+            return image.resize((size, size), resample)
+        case "pad":
+            side = max(width, height)
+            if width != height:
+                square = Image.new("RGB", (side, side), MEAN_COLOUR)
+                square.paste(image, ((side - width) // 2, (side - height) // 2))
+                image = square
+            return image.resize((size, size), resample)
+        case "center_crop":
+            short = min(width, height)
+            width, height = (size * side // short for side in (width, height))
+            left, top = (width - size) // 2, (height - size) // 2
+            return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+        case _:
+            assert_never(view)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey; a plain convert() would clip everything above 255 to white
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, "white")
+        return Image.alpha_composite(white, over).convert("RGB")
+    return image.convert("RGB")
