@@ -1,0 +1,189 @@
+"""The featurization stage of a pipeline: what is missing, a job for it, and an honest summary."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from featurize import teachers
+from featurize.job import executor
+from featurize.worker import Report, Unit
+from olavlm.config import DataConfig, PipelineConfig
+from olavlm.data.atomic import replace
+from olavlm.data.commit import blocks, describe_arrays
+from olavlm.data.corpus import Corpus
+from olavlm.data.targets import Identity, TargetSet, TargetStore
+from olavlm.errors import OlaError
+
+POLL = 2.0  # seconds between looks at tars that another job holds
+
+
+@dataclass
+class Job:
+    """One `data` entry with a store: its corpus, and a target set per task."""
+
+    name: str
+    data: DataConfig
+    corpus: Corpus
+    sets: dict[str, TargetSet]
+
+    def missing(self) -> list[Unit]:
+        """The tars that lack a commit of some task."""
+        corpus, targets = Path(self.data.corpus).resolve(), Path(str(self.data.targets)).resolve()
+        return [
+            Unit(self.name, corpus, targets, tar.name)
+            for tar in self.corpus.tars
+            if any(target.commit(tar) is None for target in self.sets.values())
+        ]
+
+
+def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = None) -> list[Job]:
+    """Every `data` entry that has targets, with its sets found; or made, for these identities.
+
+    Raises:
+        OlaError: no such corpus, a store of another corpus, or no set of a teacher the pipeline states.
+    """
+    jobs = []
+    for name, data in config.data.items():
+        if data.targets is None:
+            continue
+        corpus = Corpus.open(data.corpus)
+        if identities is None:
+            store = TargetStore.open(data.targets, corpus.id)
+            sets = {task: store.find(task, teacher) for task, teacher in config.teachers.items()}
+        else:
+            store = TargetStore.create(data.targets, corpus.id)
+            sets = {task: store.add(identity, config.featurize.block) for task, identity in identities.items()}
+            for target in sets.values():
+                describe_arrays(target, target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars))
+        jobs.append(Job(name, data, corpus, sets))
+    if not jobs:
+        raise OlaError(f"pipeline {config.name}: no entry of data has targets, so there is nothing to featurize")
+    return jobs
+
+
+def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
+    """Compute every target the pipeline's stores lack; what is committed is never computed again.
+
+    Writes ``runs/<pipeline>/featurize/summary.json`` (returned) and ``failed.jsonl`` beside it, one line per image that
+    has no target: data, task, tar, key, image_index, reason.
+
+    Raises:
+        OlaError: see `open_jobs`, `featurize.teachers.load` and `featurize.job.RayPool.run`.
+    """
+    if not config.teachers:
+        raise OlaError(f"pipeline {config.name}: teachers is empty, so there is nothing to featurize")
+    console = Console(stderr=True)
+    identities = {task: teachers.load(teacher).identity(task) for task, teacher in config.teachers.items()}
+    jobs = open_jobs(config, identities)
+    missing = [unit for job in jobs for unit in job.missing()]
+    total = sum(len(job.corpus.tars) for job in jobs)
+    console.print(f"featurize: {total} tars, {total - len(missing)} done, {len(missing)} to do", highlight=False)
+    start = time.monotonic()
+    reports = list(_execute(config, identities, jobs, missing, console)) if missing else []
+    seconds = time.monotonic() - start
+    return _summarize(config, jobs, reports, seconds)
+
+
+def _execute(
+    config: PipelineConfig, identities: dict[str, Identity], jobs: list[Job], units: list[Unit], console: Console
+) -> Iterator[Report]:
+    """Run the units with a progress bar; those another job is at come back at the end, until they are committed."""
+    images = {(job.name, tar.name): tar.images for job in jobs for tar in job.corpus.tars}
+    progress = Progress(
+        TextColumn("featurize"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+    bar = progress.add_task("", total=sum(images[unit.data, unit.tar] for unit in units), note="")
+    start = time.monotonic()
+    done, failed, busy_seconds = 0, 0, 0.0
+    with executor(config.teachers, config.featurize, identities) as pool, progress:
+        while units:
+            deferred = []
+            for report in pool.run(units):
+                if report.busy:
+                    deferred.append(report.unit)
+                else:
+                    progress.advance(bar, images[report.unit.data, report.unit.tar])
+                done, failed = done + report.images, failed + len(report.failed)
+                busy_seconds += report.forward_seconds
+                elapsed = time.monotonic() - start
+                share = busy_seconds / elapsed / config.featurize.workers
+                note = f"{done / elapsed:.1f} images/s, teachers busy {share:.0%}, {failed} failed"
+                progress.update(bar, note=note)
+                yield report
+            units = deferred
+            if units:
+                progress.update(bar, note=f"waiting for another job to commit {len(units)} tars")
+                time.sleep(POLL)
+
+
+def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], seconds: float) -> dict[str, Any]:
+    """What the stores hold now, and how fast this run was (or the last one that had anything to do)."""
+    folder = Path(config.run_dir) / "featurize"
+    file = folder / "summary.json"
+    computed = sum(report.images for report in reports)
+    busy = sum(report.forward_seconds for report in reports) / config.featurize.workers
+    speed = {
+        "computed_images": computed,
+        "seconds": round(seconds, 2),
+        "images_per_s": round(computed / max(seconds, 1e-9), 2),
+        "teachers_busy": round(busy / max(seconds, 1e-9), 3),
+    }
+    if not reports and file.exists():
+        before = json.loads(file.read_text())
+        speed = {key: before[key] for key in speed}
+    failures = [failure for job in jobs for failure in failed_images(job)]
+    tasks = {task: [status(job, task) for job in jobs] for task in config.teachers}
+    summary = {
+        "images": sum(tar.images for job in jobs for tar in job.corpus.tars),
+        "failed": len({(f["data"], f["tar"], f["key"], f["image_index"]) for f in failures}),
+        **speed,
+        "bytes": sum(s["bytes"] for states in tasks.values() for s in states),
+        "bytes_per_image": {
+            task: round(sum(s["bytes"] for s in states) / max(1, sum(s["ok"] for s in states)), 1)
+            for task, states in tasks.items()
+        },
+    }
+    replace(folder / "failed.jsonl", "".join(json.dumps(f) + "\n" for f in failures).encode())
+    replace(file, json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def status(job: Job, task: str) -> dict[str, int]:
+    """Counts of one target set: tars committed and in all, images ok, failed and missing, bytes of the targets."""
+    counts = {"tars": len(job.corpus.tars), "committed": 0, "ok": 0, "failed": 0, "missing": 0, "bytes": 0}
+    for tar in job.corpus.tars:
+        commit = job.sets[task].commit(tar)
+        if commit is None:
+            counts["missing"] += tar.images
+            continue
+        ok = commit.filter(pc.equal(commit["status"], "ok"))
+        counts["committed"] += 1
+        counts["ok"] += len(ok)
+        counts["failed"] += tar.images - len(ok)
+        counts["bytes"] += sum(pc.sum(ok[column]).as_py() or 0 for column in ("values_bytes", "scales_bytes"))
+    return counts
+
+
+def failed_images(job: Job) -> Iterator[dict[str, Any]]:
+    """Every image of the job that was committed without a target, and why."""
+    for task, target in job.sets.items():
+        for tar in job.corpus.tars:
+            commit = target.commit(tar)
+            if commit is None:
+                continue
+            for row in commit.filter(pc.equal(commit["status"], "failed")).to_pylist():
+                named = {name: row[name] for name in ("key", "image_index", "reason")}
+                yield {"data": job.name, "task": task, "tar": tar.name, **named}

@@ -1,0 +1,178 @@
+"""What every teacher has in common: finding weights, hashing them, its identity, and images as normalised tensors."""
+
+import json
+from abc import ABC, abstractmethod
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from olavlm.config import TeacherConfig
+from olavlm.data.images import apply_view
+from olavlm.data.targets import Identity
+from olavlm.errors import OlaError
+
+#: Changes whenever `preprocess` of any teacher would give other numbers for the same image.
+PREPROCESSING_VERSION = 1
+
+
+class Teacher(ABC):
+    """A frozen vision network, always in eval mode: an image becomes a target, a target something to look at.
+
+    Attributes:
+        depth_sign: what a larger decoded depth means, for depth teachers.
+        weights_folder: folder inside the repository that holds config.json and the weights.
+        processor_folder: folder that holds preprocessor_config.json.
+    """
+
+    depth_sign: Literal["larger_is_closer", "larger_is_farther"] | None = None
+    weights_folder = "."
+    processor_folder = "."
+
+    def __init__(self, config: TeacherConfig, device: str = "cpu"):
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.folder = find_weights(config)
+        self.architecture = _read_json(self.folder / self.weights_folder / "config.json")
+        self.processor = _read_json(self.folder / self.processor_folder / "preprocessor_config.json")
+        self._mean = torch.tensor(self.processor["image_mean"]).view(3, 1, 1)
+        self._std = torch.tensor(self.processor["image_std"]).view(3, 1, 1)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The network, in eval mode, in the configured dtype, on the device."""
+        logging.disable_progress_bar()  # one bar per worker and teacher would bury the job's own
+        return self.load_model().to(self.device, self.dtype).eval().requires_grad_(False)
+
+    @abstractmethod
+    def load_model(self) -> nn.Module:
+        """Read the network from `folder`."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Targets (n, tokens, width) float32 of images (n, 3, S, S) as `preprocess` makes them, on the device."""
+
+    def decode(self, features: Tensor) -> Tensor | None:
+        """Targets (n, tokens, width) as maps (n, H, W): depth float32 or labels int64; None: none to draw."""
+        return None
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The identity's ``position_embedding``, ``layers`` and ``pooling``, after checking the configuration."""
+
+    @property
+    def sizes(self) -> list[tuple[int, Image.Resampling]]:
+        """The resizes an image goes through: the view's, then any of the teacher's own."""
+        return [(self.config.input_size, Image.Resampling.BICUBIC)]
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """An RGB image through the view and the resizes, rescaled to [0, 1] and normalised: (3, S, S) float32."""
+        (size, resample), *further = self.sizes
+        image = apply_view(image, self.config.view, size, resample)
+        for size, resample in further:
+            image = image.resize((size, size), resample)
+        pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        return (pixels.float() / 255 - self._mean) / self._std
+
+    def identity(self, task: str) -> Identity:
+        """Everything the targets depend on; reads the whole of the weights once, to hash them."""
+        config = self.config
+        resizes = " then ".join(f"{size} by PIL {resample.name.lower()}" for size, resample in self.sizes)
+        normalised = f"mean {self.processor['image_mean']} std {self.processor['image_std']}"
+        pillow = PIL.__version__.partition(".")[0]
+        return Identity(
+            task=task,
+            teacher=config.teacher,
+            weights=Path(config.weights).name if Path(config.weights).is_dir() else config.weights,
+            revision=config.revision,
+            weights_hash=weights_hash(self.folder / self.weights_folder),
+            compute_dtype=config.dtype,
+            view=config.view,
+            input_size=config.input_size,
+            preprocessing=f"v{PREPROCESSING_VERSION}: {resizes}, RGB / 255, {normalised}, Pillow {pillow}",
+            grid=config.grid,
+            width=config.width,
+            codec=config.codec,
+            **self.describe(),
+        )
+
+    def refuse(self, key: str, found: object, expected: object) -> OlaError:
+        """The error for a configuration this network cannot fulfil."""
+        return OlaError(
+            f"teacher {self.config.teacher} ({self.folder}): {key} is {found}, the network gives {expected}"
+        )
+
+
+def find_weights(config: TeacherConfig) -> Path:
+    """The folder of a teacher's weights: a path, or a hub id that has been downloaded.
+
+    Raises:
+        OlaError: not there; says where it was looked for and how to get it.
+    """
+    path = Path(config.weights)
+    if path.is_dir():
+        return path
+    what = f"weights of teacher {config.teacher}"
+    try:
+        return Path(snapshot_download(config.weights, revision=config.revision, local_files_only=True))
+    except HFValidationError:
+        raise OlaError(
+            f"{what}: no folder {path.resolve()}; it takes a folder or a hub id (the demo world's: `make teachers`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        revision = f" --revision {config.revision}" if config.revision else ""
+        raise OlaError(
+            f"{what}: neither a folder {path.resolve()} nor {config.weights!r} in the Hugging Face cache; "
+            f"get them with `hf download {config.weights}{revision}` (the demo world's with `make teachers`)"
+        ) from None
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash (16 bytes of blake2b, hex) over name, dtype, shape and bytes of every tensor, however the files are cut.
+
+    Raises:
+        OlaError: no safetensors there.
+    """
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    where: dict[str, Path] = {}
+    for name in files:
+        if not (folder / name).exists():
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            hint = (
+                f"; {pickled[0]} is pickled and refused, convert it: "
+                "`AutoModel.from_pretrained(folder).save_pretrained(folder)` writes safetensors"
+                if pickled
+                else ""
+            )
+            raise OlaError(f"{folder / name}: missing{hint}")
+        with safe_open(folder / name, "pt") as file:
+            where |= dict.fromkeys(file.keys(), folder / name)
+    total = blake2b(digest_size=16)
+    for name in sorted(where):
+        with safe_open(where[name], "pt") as file:
+            tensor = file.get_tensor(name)
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+    except FileNotFoundError:
+        raise OlaError(f"{file}: missing; a teacher's folder has the layout of its Hugging Face repository") from None
+    except ValueError as error:
+        raise OlaError(f"{file}: not JSON ({error})") from None

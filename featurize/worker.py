@@ -1,0 +1,255 @@
+"""One corpus tar in, committed targets out: every image is read and decoded once and feeds all teachers.
+
+Decoding (threads), the teachers' forward passes (this thread) and quantize-and-write (one thread) overlap through two
+bounded queues, so that memory holds a few batches and one block per teacher whatever the size of the tar.
+"""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from featurize import teachers
+from featurize.teachers.base import Teacher
+from olavlm.config import FeaturizeConfig, TeacherConfig
+from olavlm.data import codec
+from olavlm.data.commit import TarWriter, first_blocks
+from olavlm.data.corpus import Corpus, Tar, content_hash
+from olavlm.data.images import decode_image
+from olavlm.data.lease import LeaseLost
+from olavlm.data.targets import Identity, TargetSet, TargetStore
+from olavlm.errors import OlaError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One tar of one corpus, and the store its targets go to."""
+
+    data: str  # name in the pipeline
+    corpus: Path
+    targets: Path
+    tar: str
+
+
+@dataclass
+class Report:
+    """What came of a unit."""
+
+    unit: Unit
+    images: int = 0  # run through the teachers now, failed ones included
+    failed: list[tuple[str, int, str]] = field(default_factory=list)  # key, image index, reason
+    busy: list[str] = field(default_factory=list)  # tasks another writer is at
+    seconds: float = 0.0
+    forward_seconds: float = 0.0  # of them, in the teachers
+
+
+@dataclass
+class _Sample:
+    """A row of the index on its way: its image ready for each teacher, or why there is none."""
+
+    row: dict[str, Any]
+    pixels: dict[str, Tensor]
+    reason: str | None = None
+
+
+class Worker:
+    """Holds the teachers and turns units into commits.
+
+    Args:
+        configs: the teachers, by task.
+        settings: device, threads and block size.
+        identities: what the job found these teachers to be; on another machine they could be other weights.
+
+    Raises:
+        OlaError: a teacher's weights are missing, do not fit or are others; or a GPU is asked for and there is none.
+    """
+
+    def __init__(
+        self, configs: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]
+    ) -> None:
+        gpu = settings.gpus_per_worker > 0
+        if gpu and not torch.cuda.is_available():
+            raise OlaError(f"featurize.gpus_per_worker is {settings.gpus_per_worker}, but torch sees no GPU here")
+        self.settings = settings
+        self.teachers: dict[str, Teacher] = {
+            task: teachers.load(config, "cuda" if gpu else "cpu") for task, config in configs.items()
+        }
+        self.identities = identities
+        for task, teacher in self.teachers.items():
+            here = teacher.identity(task)
+            if here != identities[task]:
+                wanted = asdict(identities[task])
+                wrong = [f"{k}: {v!r} here, {wanted[k]!r} wanted" for k, v in asdict(here).items() if v != wanted[k]]
+                raise OlaError(f"teacher of {task} on {socket.gethostname()}: {'; '.join(wrong)}")
+
+    def run(self, unit: Unit) -> Report:
+        """Commit what the unit lacks. What is committed already, or in another writer's hands, is left alone.
+
+        Raises:
+            OlaError: the corpus is not readable, or the tar is not what was indexed or committed.
+            OSError: the disk is full, for example; nothing half-written stays visible.
+        """
+        report = Report(unit)
+        corpus = Corpus.open(unit.corpus)
+        store = TargetStore.open(unit.targets, corpus.id)
+        tar = corpus.tar(unit.tar)
+        with ExitStack() as leases:
+            writers: dict[str, TarWriter] = {}
+            for task, identity in self.identities.items():
+                target = store.add(identity, self.settings.block)
+                if target.commit(tar) is not None:
+                    continue
+                writer = TarWriter.open(target, tar, _first_block(corpus, tar, target))
+                if writer is None:
+                    report.busy.append(task)
+                else:
+                    writers[task] = leases.enter_context(writer)
+            if writers:
+                try:
+                    self._featurize(corpus, tar, writers, report)
+                except LeaseLost:
+                    report.busy += writers
+        return report
+
+    def _featurize(self, corpus: Corpus, tar: Tar, writers: dict[str, TarWriter], report: Report) -> None:
+        start = time.perf_counter()
+        used = {task: self.teachers[task] for task in writers}
+        waiting: dict[str, list[_Sample]] = {task: [] for task in writers}
+        failed: dict[tuple[str, int], str] = {}
+
+        def prepare(row: dict[str, Any]) -> _Sample:
+            return _prepare(corpus, tar, row, used)
+
+        with (
+            ThreadPoolExecutor(self.settings.decode_threads, "decode") as decoders,
+            ThreadPoolExecutor(1, "write") as writing,
+        ):
+            written = _Bounded(writing, 4)
+            ahead = 2 * max(teacher.config.batch_size for teacher in used.values())
+            for sample in _ahead(decoders, prepare, corpus.index(tar).to_pylist(), ahead):
+                report.images += sample.row["image_index"] >= 0
+                for task, teacher in used.items():
+                    waiting[task].append(sample)
+                    if sum(task in s.pixels for s in waiting[task]) == teacher.config.batch_size:
+                        self._forward(task, waiting[task], writers[task], written, failed, report)
+                        waiting[task] = []
+            for task, rest in waiting.items():
+                self._forward(task, rest, writers[task], written, failed, report)
+            written.finish()
+        for writer in writers.values():
+            writer.commit()
+        report.failed = [(key, index, reason) for (key, index), reason in failed.items()]
+        report.seconds = time.perf_counter() - start
+
+    def _forward(
+        self,
+        task: str,
+        samples: list[_Sample],
+        writer: TarWriter,
+        written: "_Bounded",
+        failed: dict[tuple[str, int], str],
+        report: Report,
+    ) -> None:
+        """Encode one batch, padded to its fixed size so that results do not depend on how a tar is cut into batches."""
+        teacher = self.teachers[task]
+        pixels = [sample.pixels.pop(task) for sample in samples if task in sample.pixels]
+        features = None
+        if pixels:
+            padding = [torch.zeros_like(pixels[0])] * (teacher.config.batch_size - len(pixels))
+            batch = torch.stack(pixels + padding)
+            start = time.perf_counter()
+            features = teacher.encode(batch)[: len(pixels)]
+            if features.is_cuda:
+                torch.cuda.synchronize()
+            report.forward_seconds += time.perf_counter() - start
+        rows = [(sample.row, sample.reason) for sample in samples]
+        written.submit(_write, writer, rows, features, teacher.config.codec, failed)
+
+
+def _prepare(corpus: Corpus, tar: Tar, row: dict[str, Any], used: dict[str, Teacher]) -> _Sample:
+    """Read, check and decode one image, and make it what each teacher takes."""
+    if row["image_index"] < 0:
+        return _Sample(row, {})
+    data = corpus.read(tar, row["image_offset"], row["image_bytes"])
+    if content_hash(data) != row["image_hash"]:
+        return _Sample(row, {}, "its bytes are not those that were indexed")
+    try:
+        image = decode_image(data)
+    except ValueError as error:
+        return _Sample(row, {}, str(error))
+    return _Sample(row, {task: teacher.preprocess(image) for task, teacher in used.items()})
+
+
+def _write(
+    writer: TarWriter,
+    rows: list[tuple[dict[str, Any], str | None]],
+    features: Tensor | None,
+    name: Any,
+    failed: dict[tuple[str, int], str],
+) -> None:
+    """Quantize a batch and append it to the writer, in the order of the index."""
+    targets = iter(() if features is None else features)
+    for row, reason in rows:
+        key, index, image_hash = row["key"], row["image_index"], row["image_hash"]
+        if index < 0:
+            writer.no_image(key)
+            continue
+        try:
+            if reason is not None:
+                raise ValueError(reason)
+            target = next(targets)
+            values, scales = codec.encode(target[None], name)
+        except ValueError as error:
+            failed[key, index] = str(error)
+            writer.fail(key, index, image_hash, str(error))
+            continue
+        rms, absmax = float(target.square().mean().sqrt()), float(target.abs().max())
+        writer.add(key, index, image_hash, values[0], None if scales is None else scales[0], rms, absmax)
+
+
+def _first_block(corpus: Corpus, tar: Tar, target: TargetSet) -> int:
+    starts = first_blocks([t.images for t in corpus.tars], target.block)
+    return starts[corpus.tars.index(tar)]
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """``map`` in the pool, in order, at most `ahead` results waiting."""
+    futures: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) == ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+class _Bounded:
+    """Submits to a one-thread pool, waiting when more than `limit` calls are under way; the first error comes back."""
+
+    def __init__(self, pool: ThreadPoolExecutor, limit: int):
+        self._pool, self._limit = pool, limit
+        self._futures: deque[Future[None]] = deque()
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._futures.append(self._pool.submit(function, *arguments))
+        if len(self._futures) > self._limit:
+            self._futures.popleft().result()
+
+    def finish(self) -> None:
+        while self._futures:
+            self._futures.popleft().result()
