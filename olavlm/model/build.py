@@ -1,0 +1,190 @@
+"""Composing a student from a vision tower and a language model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from olavlm.config import View
+from olavlm.errors import OlaError
+from olavlm.model.configuration import OlaVlmConfig, parse_tasks
+from olavlm.model.modeling import OlaVlmForConditionalGeneration
+from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
+
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"  # with and without a CLS token in front of the patches
+
+
+def build_student(
+    vision_tower: str,
+    language_model: str,
+    tasks: list[dict[str, Any]],
+    *,
+    vision_feature_layer: int = -2,
+    predictors_read_text: bool = True,
+    view: View = "squash",
+    gguf_file: str | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+    """A student with pretrained vision tower and language model; everything between and behind them is new.
+
+    The new parts (projector, task tokens, predictors, logit scales) depend on `seed` only.
+
+    Args:
+        vision_tower: hub id or folder of a CLIP or SigLIP model (whole or vision part), with preprocessor_config.json.
+        language_model: hub id or folder of a causal language model with its tokenizer.
+        tasks: see `OlaVlmConfig`.
+        vision_feature_layer: hidden states of the tower that are projected; −2 is the last layer's input.
+        predictors_read_text: whether predictors attend to the text after the image.
+        view: how images are made square.
+        gguf_file: file in `language_model` to read, where it is a GGUF folder; all other weights are safetensors.
+        seed: of the new parameters.
+        dtype: of all parameters.
+
+    Raises:
+        OlaError: weights that are absent, incomplete or of an unsupported kind; tasks that cannot be built.
+    """
+    tower = _load_tower(vision_tower, dtype)
+    text_model, tokenizer = _load_language_model(language_model, gguf_file, dtype)
+    image_processor = _load(
+        "student.vision_tower",
+        vision_tower,
+        lambda: AutoImageProcessor.from_pretrained(vision_tower),  # type: ignore[no-untyped-call]
+    )
+    counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, text_model.config)]
+    names = [IMAGE_TOKEN, *(task_token(task, i) for task, count in counts for i in range(count))]
+    tokenizer.add_tokens(names, special_tokens=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    image_size, patch_size = tower.config.image_size, tower.config.patch_size
+    processor = OlaVlmProcessor(
+        image_processor,
+        tokenizer,
+        view=view,
+        image_size=image_size,
+        image_seq_length=(image_size // patch_size) ** 2,
+        task_tokens=counts,
+    )
+    config = OlaVlmConfig(
+        vision_config=tower.config,
+        text_config=text_model.config,
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default" if tower.config.model_type == CLIP else "full",
+        tasks=tasks,
+        task_token_ids=processor.task_token_ids,
+        predictors_read_text=predictors_read_text,
+        dtype=dtype,
+    )
+    model = _compose(config, tower, text_model, len(tokenizer), seed)
+    model.to(dtype)  # type: ignore[arg-type]
+    model.generation_config = _generation_config(text_model, processor)
+    return model.eval(), processor
+
+
+def _compose(
+    config: OlaVlmConfig, tower: nn.Module, text_model: Any, vocabulary: int, seed: int
+) -> OlaVlmForConditionalGeneration:
+    """The student's modules around the loaded ones; built without memory first, so that nothing large is held twice."""
+    with torch.device("meta"):
+        model = OlaVlmForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = text_model.get_decoder()
+    model.lm_head = text_model.get_output_embeddings()
+    projector = model.model.multi_modal_projector
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for part in (projector, model.task_tokens, model.predictors, model.logit_scales):
+            part.to_empty(device="cpu")
+        for linear in (projector.linear_1, projector.linear_2):
+            linear.reset_parameters()  # torch's fan-in initialisation, as LLaVA's
+        for module in (model.task_tokens, model.logit_scales, *model.predictors.modules()):
+            model._init_weights(module)
+        _grow_vocabulary(model, vocabulary)
+    return model
+
+
+def _grow_vocabulary(model: OlaVlmForConditionalGeneration, size: int) -> None:
+    """Room for the added tokens, each with the mean embedding; a vocabulary padded beyond its tokenizer keeps its size.
+
+    The input rows are never read (image features and task tokens take their place); the output rows are no answer to
+    anything and `generate` suppresses them, but they are part of every softmax and should be unremarkable.
+    """
+    old = int(model.config.llm.vocab_size)
+    if size > old:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.lm_head):
+            weight = module.get_parameter("weight")
+            weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+
+
+def _generation_config(text_model: Any, processor: OlaVlmProcessor) -> GenerationConfig:
+    """Greedy decoding that ends where the language model's does and never writes an image or task token."""
+    given, tokenizer = text_model.generation_config, processor.tokenizer
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=given.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=sorted({*processor.image_block}),
+    )
+
+
+def _load_tower(weights: str, dtype: torch.dtype) -> Any:
+    """The vision part of a CLIP or SigLIP checkpoint."""
+    key = "student.vision_tower"
+    config = _load(key, weights, lambda: AutoConfig.from_pretrained(weights))
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in (CLIP, SIGLIP):
+        raise OlaError(f"{key}: {_where(weights)} holds a {config.model_type!r} model; expected CLIP or SigLIP")
+    return _load_model(key, weights, MODEL_MAPPING[type(config)], config=config, dtype=dtype)
+
+
+def _load_language_model(weights: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer."""
+    key = "student.language_model"
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    model = _load_model(key, weights, AutoModelForCausalLM, dtype=dtype, **source)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")) or getattr(head, "bias", None) is not None:
+        raise OlaError(
+            f"{key}: {_where(weights)} holds a {model.config.model_type!r} model; expected a decoder with `layers`, "
+            "a final `norm` and a head without bias, as Llama, Mistral, Qwen and Phi-3 have"
+        )
+    return model, _load(key, weights, lambda: AutoTokenizer.from_pretrained(weights, **source))
+
+
+def _load_model(key: str, weights: str, model_class: Any, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained`, from safetensors (or GGUF), refusing a checkpoint with parts missing."""
+    if "gguf_file" not in kwargs:
+        kwargs["use_safetensors"] = True
+    model, info = _load(key, weights, lambda: model_class.from_pretrained(weights, output_loading_info=True, **kwargs))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise OlaError(f"{key}: {_where(weights)} lacks {len(missing)} tensors, among them {missing[0]}")
+    return model
+
+
+def _load(key: str, weights: str, load: Any) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OlaError(
+            f"{key}: cannot load {_where(weights)}: {reason}. Expected a folder in the hub's layout with safetensors, "
+            f"or a hub id; to fetch one: hf download {weights if not Path(weights).exists() else '<hub id>'}"
+        ) from None
+
+
+def _where(weights: str) -> str:
+    return f"folder {weights}" if Path(weights).exists() else f"{weights!r} (no such folder here; taken as a hub id)"

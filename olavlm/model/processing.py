@@ -1,0 +1,251 @@
+"""`OlaVlmProcessor`: from images and conversations to what the student reads."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from olavlm.config import View
+from olavlm.data.images import apply_view
+from olavlm.errors import OlaError
+
+IMAGE_TOKEN = "<image>"
+IGNORE = -100
+
+#: Conversation layout of language models that come without one: ``USER: …\nASSISTANT: …</s>\n``, system text first.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + '\n' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def task_token(task: str, index: int) -> str:
+    """The special token that marks the position of a task's `index`-th inserted token."""
+    return f"<{task}_{index}>"
+
+
+class _Answer(NamedTuple):
+    """Where an answer is in a rendered conversation, in characters."""
+
+    start: int
+    end: int  # behind what ends the turn, without the white space after it
+    turn_end: int
+
+
+class OlaVlmProcessor(ProcessorMixin):
+    """Expands every ``<image>`` into image and task tokens inside the language model's own chat template.
+
+    Args:
+        image_processor: the vision tower's; its ``image_mean`` and ``image_std`` are used.
+        tokenizer: a fast tokenizer that knows ``<image>`` and the task tokens.
+        view: how an image becomes a square (see `olavlm.data.images.apply_view`); a stage may set the attribute.
+        image_size: side of the vision tower's input in pixels.
+        image_seq_length: image tokens per image.
+        task_tokens: pairs of task and number of inserted tokens, in the order of the sequence (a list, because a saved
+            dictionary comes back sorted).
+        chat_template: default: the tokenizer's, or `DEFAULT_CHAT_TEMPLATE` where it has none.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        view: View = "squash",
+        image_size: int = 336,
+        image_seq_length: int = 576,
+        task_tokens: Sequence[Sequence[Any]] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise OlaError(
+                f"tokenizer: {type(tokenizer).__name__}; expected a fast one, which tells where its tokens are"
+            )
+        template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
+        self.view: View = view
+        self.image_size = image_size
+        self.image_seq_length = image_seq_length
+        self.task_tokens = [(str(task), int(count)) for task, count in task_tokens]
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id: int = self._id(IMAGE_TOKEN)
+        self.task_token_ids = {
+            task: [self._id(task_token(task, i)) for i in range(count)] for task, count in self.task_tokens
+        }
+        self._inserted = {i for ids in self.task_token_ids.values() for i in ids}
+        #: The token ids one image occupies: image tokens, then every task's tokens in order.
+        self.image_block = [self.image_token_id] * image_seq_length + [
+            i for ids in self.task_token_ids.values() for i in ids
+        ]
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+        """The vision tower's input: each image brought into the view, scaled to [0, 1] and normalised.
+
+        Returns:
+            (n, 3, S, S) fp32.
+        """
+        size = self.image_size
+        values: Any = np.empty((len(images), size, size, 3), np.float32)
+        for i, image in enumerate(images):
+            values[i] = np.asarray(apply_view(image.convert("RGB"), self.view, size))
+        mean = np.asarray(self.image_processor.image_mean, np.float32)
+        std = np.asarray(self.image_processor.image_std, np.float32)
+        values = (values / 255 - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+
+    def prompt(self, turns: Sequence[dict[str, str]]) -> str:
+        """The text a reply to these turns starts from, in the chat template; `__call__` takes it.
+
+        Args:
+            turns: ``{"from": "human" | "gpt" | "system", "value": …}``, ``<image>`` where an image goes.
+        """
+        return self._render(_messages(turns), reply=True)
+
+    def encode_conversation(self, turns: Sequence[dict[str, str]], max_length: int) -> tuple[Tensor, Tensor]:
+        """A conversation as training sample: only the answers, with what ends them, are learned.
+
+        A conversation longer than `max_length` is cut behind the last answer that fits, and inside the first answer
+        where not even that one does. The images of turns cut off are gone: what remains needs the first
+        `images_in(input_ids)`.
+
+        Args:
+            turns: as for `prompt`, with one answer at least.
+            max_length: most tokens, image and task tokens included.
+
+        Returns:
+            ``input_ids`` and ``labels``, both (L,) int64; labels are −100 outside the answers.
+
+        Raises:
+            OlaError: no answer, an unknown speaker, task tokens in the text, a question that leaves no room for its
+                answer.
+        """
+        messages = _messages(turns)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            raise OlaError(f"conversation: no answer in {len(turns)} turns; expected a turn from 'gpt'")
+        text, spans = self._answers(messages)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        input_ids: list[int] = []
+        labels: list[int] = []
+        ends: list[int] = []  # of each answer's turn, in tokens
+        for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            while len(ends) < len(spans) and start >= spans[len(ends)].turn_end:
+                ends.append(len(input_ids))
+            answer = spans[min(len(ends), len(spans) - 1)]
+            expanded = self._expand(token)
+            learn = start < answer.end and end > answer.start and token != self.image_token_id
+            input_ids += expanded
+            labels += [token] if learn else [IGNORE] * len(expanded)
+        ends += [len(input_ids)] * (len(spans) - len(ends))
+        fitting = [end for end in ends if end <= max_length]
+        cut = fitting[-1] if fitting else max_length
+        kept, learned = input_ids[:cut], labels[:cut]
+        if all(label == IGNORE for label in learned):
+            first_label = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+            raise OlaError(f"max_length: {max_length}; the first question alone takes {first_label} tokens")
+        return torch.tensor(kept), torch.tensor(learned)
+
+    def images_in(self, input_ids: Tensor) -> int:
+        """How many images a sequence of token ids has room for."""
+        return int((input_ids == self.image_token_id).sum()) // self.image_seq_length
+
+    def __call__(
+        self, images: Sequence[Image.Image] | None = None, text: str | Sequence[str] = (), **kwargs: Any
+    ) -> BatchFeature:
+        """A batch for `generate`.
+
+        Args:
+            images: all images of the batch, in the order of their ``<image>`` in the texts.
+            text: prompts as `prompt` renders them (no special tokens are added).
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` (B, L) int64, padded on the left, and ``pixel_values`` (n, 3, S, S)
+            fp32 where there are images.
+
+        Raises:
+            OlaError: images and ``<image>`` do not match in number, task tokens in the text, unknown arguments.
+        """
+        if kwargs.pop("return_tensors", "pt") != "pt" or kwargs:
+            raise OlaError(
+                f"processor: unknown arguments {', '.join(kwargs) or 'return_tensors'}; takes images and text"
+            )
+        texts = [text] if isinstance(text, str) else list(text)
+        images = list(images or [])
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        wanted = sum(ids.count(self.image_token_id) for ids in encoded)
+        if wanted != len(images):
+            raise OlaError(f"images: {len(images)} given; the texts have {wanted} {IMAGE_TOKEN}")
+        rows = [[i for token in ids for i in self._expand(token)] for ids in encoded]
+        length = max((len(row) for row in rows), default=0)
+        pad = self.tokenizer.pad_token_id
+        data = {
+            "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows], dtype=torch.int64),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+        }
+        if images:
+            data["pixel_values"] = self.pixel_values(images)
+        return BatchFeature(data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What `__call__` returns."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list["_Answer"]]:
+        """The rendered conversation and where its answers are."""
+        text = self._render(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                question, answered = self._render(messages[:i], reply=True), self._render(messages[: i + 1])
+                if not text.startswith(answered) or not answered.startswith(question):
+                    raise OlaError(
+                        f"chat_template: what it writes for turns 1 to {i + 1} changes with the turns after them, "
+                        "so that answers cannot be told from questions"
+                    )
+                spans.append(_Answer(len(question), len(answered.rstrip()), len(answered)))
+        return text, spans
+
+    def _render(self, messages: list[dict[str, str]], reply: bool = False) -> str:
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=reply
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise OlaError(f"chat_template: refuses the turns {roles}: {error}") from None
+        return rendered
+
+    def _expand(self, token: int) -> list[int]:
+        """One token of the text as the sequence has it."""
+        if token == self.image_token_id:
+            return self.image_block
+        if token in self._inserted:
+            raise OlaError(f"text: contains {self.tokenizer.convert_ids_to_tokens(token)!r}, a task token")
+        return [token]
+
+    def _id(self, token: str) -> int:
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise OlaError(f"tokenizer: does not know {token!r}; `build_student` adds the student's special tokens")
+        return int(found)
+
+
+def _messages(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """LLaVA's turns as chat messages."""
+    for i, turn in enumerate(turns):
+        if turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+            raise OlaError(f"conversation turn {i + 1}: {turn!r}; expected from 'human' or 'gpt' and a text as value")
+    return [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
