@@ -14,8 +14,13 @@ from olavlm.errors import OlaError
 
 FILES = {"2D": "test_2d.parquet", "3D": "test_3d.parquet"}
 TASKS = ("Count", "Relation", "Depth", "Distance")
+#: Names of what people quote, aggregates first.
+ROWS = ("overall", "2D", "3D", "micro", *TASKS)
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 COLUMNS = ("idx", "type", "task", "image", "question", "choices", "answer", "prompt", "source")
+
+#: An accuracy with its standard error, number of questions and share of them that was answered.
+Cell = dict[str, float | int]
 
 #: Appended to the dataset's `prompt` on a line of its own, as in the published runs.
 SUFFIX = "Only answer the option as the output. For example, if your answer is the option A, answer (A)."
@@ -112,7 +117,7 @@ def _question(path: Path, kind: str, row: Mapping[str, Any]) -> Question:
     )
 
 
-def score(questions: Sequence[Question], answers: Mapping[str, str | None]) -> dict[str, Any]:
+def score(questions: Sequence[Question], answers: Mapping[str, str | None]) -> dict[str, Cell | None]:
     """Every CV-Bench number, each under its own name.
 
     An unanswered question is a wrong one. Accuracies are shares in [0, 1]; standard errors are binomial, and those of
@@ -124,10 +129,9 @@ def score(questions: Sequence[Question], answers: Mapping[str, str | None]) -> d
         answers: the letter read from each reply by question id, None where nothing could be read.
 
     Returns:
-        ``{"tasks": {task: cell}, "sources": {source: cell}, "2D": cell, "3D": cell, "overall": cell, "micro": cell}``
-        with cells ``{"accuracy", "stderr", "n", "answered"}``. 2D = (ADE20K + COCO) / 2, 3D = Omni3D and overall =
-        (2D + 3D) / 2 is the published aggregation; micro is the share over all questions, what lmms-eval prints;
-        `answered` is the share of replies an option could be read from.
+        ``{name: {"accuracy", "stderr", "n", "answered"}}`` with the names of `ROWS` and `SOURCES`. The published
+        aggregation is 2D = (ADE20K + COCO) / 2, 3D = Omni3D, overall = (2D + 3D) / 2; micro is the share over all
+        questions, what lmms-eval prints; `answered` is the share of replies an option could be read from.
 
     Raises:
         OlaError: a question without an entry in `answers`.
@@ -137,16 +141,37 @@ def score(questions: Sequence[Question], answers: Mapping[str, str | None]) -> d
     sources = {s: _cell((q for q in questions if q.source == s), answers) for s in SOURCES}
     two, three = _mean(sources["ADE20K"], sources["COCO"]), sources["Omni3D"]
     return {
-        "tasks": {t: _cell((q for q in questions if q.task == t), answers) for t in TASKS},
-        "sources": sources,
+        "overall": _mean(two, three),
         "2D": two,
         "3D": three,
-        "overall": _mean(two, three),
         "micro": _cell(questions, answers),
+        **{task: _cell((q for q in questions if q.task == task), answers) for task in TASKS},
+        **sources,
     }
 
 
-Cell = dict[str, float | int]
+def expected(questions: Sequence[Question], right: Mapping[str, float]) -> dict[str, float]:
+    """What a guesser is expected to score, by the names of `ROWS`; rows without questions are left out.
+
+    Args:
+        questions: what is asked.
+        right: the probability that the guesser gets a question right, by question id; ``1 / len(choices)`` for chance.
+    """
+
+    def mean(group: Iterable[Question]) -> float | None:
+        chances = [right[question.id] for question in group]
+        return sum(chances) / len(chances) if chances else None
+
+    ade, coco, three = (mean(q for q in questions if q.source == source) for source in SOURCES)
+    two = None if ade is None or coco is None else (ade + coco) / 2
+    rows = {
+        "overall": None if two is None or three is None else (two + three) / 2,
+        "2D": two,
+        "3D": three,
+        "micro": mean(questions),
+        **{task: mean(q for q in questions if q.task == task) for task in TASKS},
+    }
+    return {name: value for name, value in rows.items() if value is not None}
 
 
 def _cell(questions: Iterable[Question], answers: Mapping[str, str | None]) -> Cell | None:

@@ -52,10 +52,10 @@ def generate_replies(
         One line per request, in their order.
 
     Raises:
-        OlaError: `file` is broken before its last line or holds a reply to another prompt; an image that cannot be decoded.
+        OlaError: `file` is broken or holds a reply to another prompt; an image cannot be decoded.
     """
     known = _read(file, requests)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     for start in range(0, len(requests), batch):
         asked = requests[start : start + batch]
         if not all(request.id in known for request in asked):
@@ -85,7 +85,7 @@ def _reply(
     inputs = processor(images=images, text=prompts).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
-        output = model.generate(
+        output = model.generate(  # type: ignore[misc]
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,

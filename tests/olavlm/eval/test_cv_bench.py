@@ -109,22 +109,22 @@ def test_scores_by_hand() -> None:
     ]
     answers = dict(zip([q.id for q in asked], ["A", "A", "B", "A", "A", "B", "A", "B", None, "B", "B"], strict=True))
     scores = cv_bench.score(asked, answers)
-    assert scores["sources"]["ADE20K"]["accuracy"] == 3 / 4
-    assert scores["sources"]["COCO"]["accuracy"] == 1 / 2
+    assert scores["ADE20K"]["accuracy"] == 3 / 4
+    assert scores["COCO"]["accuracy"] == 1 / 2
     assert scores["2D"]["accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)  # not 4/6: sources weigh the same
     assert scores["3D"]["accuracy"] == 1 / 5
     assert scores["overall"]["accuracy"] == pytest.approx((5 / 8 + 1 / 5) / 2)
     assert scores["micro"]["accuracy"] == 5 / 11
-    assert {t: (c["accuracy"], c["n"]) for t, c in scores["tasks"].items()} == {
+    assert {t: (c["accuracy"], c["n"]) for t in cv_bench.TASKS if (c := scores[t])} == {
         "Count": (1.0, 2),
         "Relation": (0.5, 4),
         "Depth": (1 / 3, 3),
         "Distance": (0.0, 2),
     }
     assert scores["micro"]["answered"] == 10 / 11
-    assert scores["tasks"]["Depth"]["answered"] == 2 / 3
+    assert scores["Depth"]["answered"] == 2 / 3
     assert scores["overall"]["answered"] == pytest.approx(10 / 11)
-    assert scores["sources"]["ADE20K"]["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert scores["ADE20K"]["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     two = math.sqrt((0.75 * 0.25 / 4 + 0.5 * 0.5 / 2) / 4)
     assert scores["2D"]["stderr"] == pytest.approx(two)
     assert scores["overall"]["stderr"] == pytest.approx(math.sqrt(two**2 + 0.2 * 0.8 / 5) / 2)
@@ -145,7 +145,7 @@ def test_unanswered_is_wrong_and_missing_is_refused() -> None:
 
 def test_an_absent_source_gives_no_aggregate() -> None:
     scores = cv_bench.score([question(0, "Count", "COCO")], {"x/0": "A"})
-    assert scores["sources"]["ADE20K"] is scores["2D"] is scores["overall"] is scores["tasks"]["Depth"] is None
+    assert scores["ADE20K"] is scores["2D"] is scores["overall"] is scores["Depth"] is None
     assert scores["micro"]["accuracy"] == 1.0
 
 
@@ -156,6 +156,6 @@ def test_score_properties(rows: list[tuple[str, str, bool]]) -> None:
     asked = [question(i, task, source) for i, (task, source, _) in enumerate(rows)]
     answers: dict[str, str | None] = {f"x/{i}": "A" if right else "B" for i, (_, _, right) in enumerate(rows)}
     scores = cv_bench.score(asked, answers)
-    micro = sum(c["accuracy"] * c["n"] for c in scores["tasks"].values() if c) / len(rows)
+    micro = sum(c["accuracy"] * c["n"] for t in cv_bench.TASKS if (c := scores[t])) / len(rows)
     assert scores["micro"]["accuracy"] == pytest.approx(micro)
     assert scores == cv_bench.score(asked[::-1], answers)
