@@ -1,0 +1,86 @@
+"""The processes of a run: what torchrun started, or just this one. On a single process they all do next to nothing."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> "World":
+        """Join the processes torchrun started (nccl on GPUs, gloo on CPUs); without torchrun, a world of one."""
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(int(os.environ.get("RANK", 0)), size, device)
+
+    def leave(self) -> None:
+        """Part from the other processes."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """All ranks' rows, in rank order, and the number of the first that is this rank's.
+
+        Args:
+            rows: (n, …); n may differ between ranks and be 0.
+        """
+        if self.size == 1:
+            return rows, 0
+        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
+        counts[self.rank] = len(rows)
+        lengths: list[int] = self.sum(counts).tolist()
+        # As bytes, padded to the longest: every backend can gather those, whatever the codec's dtype.
+        flat = rows.reshape(len(rows), -1).contiguous().view(torch.uint8)
+        padded = flat.new_zeros((max(lengths), flat.shape[1]))
+        padded[: len(rows)] = flat
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        joined = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        return joined.view(rows.dtype).reshape(-1, *rows.shape[1:]), sum(lengths[: self.rank])
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Sum every gradient over the ranks; a parameter without one (no image in the batch) gets zeros, always.
+
+        A sum, not a mean: losses are normalised by the counts of the global batch already. It happens once, after
+        the last micro-step, so that accumulation costs no traffic and ranks need not have equally many micro-steps.
+        """
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.size == 1:
+            return
+        pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters]
+        for work in pending:
+            work.wait()
+
+    def broadcast(self, parameters: list[nn.Parameter]) -> None:
+        """Give every rank the first one's values."""
+        if self.size > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.data, 0)

@@ -1,0 +1,217 @@
+"""Reads micro-batches ahead of the training, in threads.
+
+Reading, decoding and resizing release the GIL, so threads are enough, and nothing is copied between processes. One
+thread makes one micro-batch from start to end: there is no shared state, and the result does not depend on how many
+threads there are. What a sample is made of was pinned; here it is checked once more, byte for byte (promise 1).
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as PILImage
+from torch import Tensor
+
+from olavlm.config import Codec
+from olavlm.data import codec
+from olavlm.data.corpus import IMAGE_PLACEHOLDER, content_hash, conversation
+from olavlm.data.images import decode_image
+from olavlm.data.targets import TargetSet
+from olavlm.errors import OlaError
+from olavlm.model import OlaVlmProcessor
+from train.order import Ints
+from train.snapshot import Image, Sample, Snapshot
+
+IGNORED = -100
+
+
+@dataclass
+class Targets:
+    """One task's targets for the n images of a micro-batch, as stored; `features` decodes them where they are."""
+
+    values: Tensor  # (n, tokens, width) in the codec's dtype; a provider of its own may give float32
+    scales: Tensor | None  # (n, tokens) float32, codecs with scales
+    valid: Tensor  # (n,) bool; False: the image has no target, its row is zero
+    codec: Codec
+
+    def each(self, apply: Callable[[Tensor], Tensor]) -> "Targets":
+        """The same targets with `apply` done to every tensor."""
+        scales = None if self.scales is None else apply(self.scales)
+        return Targets(apply(self.values), scales, apply(self.valid), self.codec)
+
+    def features(self) -> Tensor:
+        """(n, tokens, width) float32."""
+        return codec.decode(self.values, self.scales, self.codec)
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass gets: b samples with n images between them, in the samples' order."""
+
+    input_ids: Tensor  # (b, length) int64, padded on the right
+    attention_mask: Tensor  # (b, length) int64
+    labels: Tensor  # (b, length) int64, -100 where nothing is learned
+    pixel_values: Tensor  # (n, 3, size, size) float32
+    targets: dict[str, Targets]
+    keys: list[str]  # data, tar and key of every sample, for messages
+
+    def each(self, apply: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same batch with `apply` done to every tensor, e.g. a move to a device."""
+        return MicroBatch(
+            apply(self.input_ids),
+            apply(self.attention_mask),
+            apply(self.labels),
+            apply(self.pixel_values),
+            {task: targets.each(apply) for task, targets in self.targets.items()},
+            self.keys,
+        )
+
+
+class Loader:
+    """Iterates over steps; each is the list of this rank's micro-batches, read ahead by a bounded number of steps.
+
+    Attributes:
+        waited: seconds the caller has waited for data so far.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        processor: OlaVlmProcessor,
+        tasks: list[str],
+        max_length: int,
+        steps: range,
+        share: Callable[[int], list[Ints]],
+        threads: int,
+        pin_memory: bool = False,
+    ):
+        """Set up; reading starts with the iteration.
+
+        Args:
+            snapshot: the pinned data.
+            processor: the student's; its `view` is what the student sees.
+            tasks: tasks whose targets are read.
+            max_length: tokens per sample at most.
+            steps: which steps to yield.
+            share: the samples of a step, as this rank's micro-batches.
+            threads: micro-batches made at the same time.
+            pin_memory: for faster copies to a GPU.
+        """
+        self._snapshot, self._processor, self._tasks = snapshot, processor, tasks
+        self._max_length, self._steps, self._share = max_length, steps, share
+        self._threads, self._pin = threads, pin_memory
+        self._tokenizer_lock = threading.Lock()  # a fast tokenizer must not be used by two threads at once
+        self.waited = 0.0
+
+    def __iter__(self) -> Generator[list[MicroBatch]]:
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
+        ahead: deque[list[Future[MicroBatch]]] = deque()
+        try:
+            for step in self._steps:
+                ahead.append([pool.submit(self.read, chunk) for chunk in self._share(step)])
+                if len(ahead) > math.ceil(self._threads / max(len(ahead[-1]), 1)):
+                    yield self._wait(ahead.popleft())
+            while ahead:
+                yield self._wait(ahead.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _wait(self, futures: list[Future[MicroBatch]]) -> list[MicroBatch]:
+        start = time.perf_counter()
+        batches = [future.result() for future in futures]
+        self.waited += time.perf_counter() - start
+        return batches
+
+    def read(self, numbers: Ints) -> MicroBatch:
+        """Read the samples with these numbers into one micro-batch.
+
+        Raises:
+            OlaError: bytes or target of a sample are not the pinned ones, or its text and images do not fit together.
+        """
+        samples = [self._snapshot.sample(int(number)) for number in numbers]
+        texts = [self._encode(sample) for sample in samples]
+        used = [(sample, image) for (sample, _, _, n) in texts for image in sample.images[:n]]
+        pictures = [self._picture(sample, image) for sample, image in used]
+        batch = MicroBatch(
+            input_ids=_pad([ids for _, ids, _, _ in texts], self._processor.tokenizer.pad_token_id),
+            attention_mask=_pad([torch.ones_like(ids) for _, ids, _, _ in texts], 0),
+            labels=_pad([labels for _, _, labels, _ in texts], IGNORED),
+            pixel_values=self._processor.pixel_values(pictures),
+            targets={task: self._read_targets(task, used) for task in self._tasks},
+            keys=[str(sample) for sample in samples],
+        )
+        return batch.each(Tensor.pin_memory) if self._pin else batch
+
+    def _encode(self, sample: Sample) -> tuple[Sample, Tensor, Tensor, int]:
+        """The sample, its token ids, its labels, and how many of its images survive the cut at max_length."""
+        corpus = self._snapshot.corpora[sample.data]
+        text = corpus.read(sample.tar, sample.text_offset, sample.text_bytes)
+        try:
+            turns = conversation(sample.text_member, text)
+            mentioned = sum(turn["value"].count(IMAGE_PLACEHOLDER) for turn in turns)
+            if mentioned != len(sample.images):
+                raise OlaError(f"its text has {mentioned} {IMAGE_PLACEHOLDER}, it has {len(sample.images)} images")
+            with self._tokenizer_lock:
+                ids, labels = self._processor.encode_conversation(turns, self._max_length)
+        except ValueError as error:
+            raise OlaError(f"{sample}: {error}") from None
+        return sample, ids, labels, self._processor.images_in(ids)
+
+    def _picture(self, sample: Sample, image: Image) -> PILImage:
+        data = self._snapshot.corpora[sample.data].read(sample.tar, image.offset, image.bytes)
+        found = content_hash(data)
+        if found != image.hash:
+            raise OlaError(
+                f"{sample}, image {image.index}: its bytes changed since the run was pinned (hash {image.hash} then, "
+                f"{found} now); restore the tar, or rebuild corpus and targets"
+            )
+        try:
+            return decode_image(data)
+        except ValueError as error:
+            raise OlaError(f"{sample}, image {image.index}: {error}, though it was decodable when indexed") from None
+
+    def _read_targets(self, task: str, used: list[tuple[Sample, Image]]) -> Targets:
+        """Every image's target, written straight into the batch's arrays."""
+        sets = {name: of_task[task] for name, of_task in self._snapshot.targets.items()}
+        identity = next(iter(sets.values())).identity
+        shape = (len(used), identity.tokens, identity.width)
+        values = torch.zeros(shape, dtype=torch.from_numpy(np.empty(0, codec.DTYPES[identity.codec])).dtype)
+        scales = torch.zeros(shape[:2]) if codec.HAS_SCALES[identity.codec] else None
+        valid = torch.zeros(len(used), dtype=torch.bool)
+        for i, (sample, image) in enumerate(used):
+            row = image.targets.get(task)
+            if row is not None:
+                found, found_scales = _read_target(sets[sample.data], row, sample, image)
+                values.numpy()[i] = found
+                if scales is not None:
+                    scales.numpy()[i] = found_scales
+                valid[i] = True
+        return Targets(values, scales, valid, identity.codec)
+
+
+def _read_target(target: TargetSet, row: dict[str, Any], sample: Sample, image: Image) -> tuple[Any, Any]:
+    """One target, after a last look at whose it is (promise 1)."""
+    if (row["image_hash"], row["image_index"]) != (image.hash, image.index):
+        raise OlaError(
+            f"{sample}, image {image.index} with hash {image.hash}: {target.path} offers the target of image "
+            f"{row['image_index']} with hash {row['image_hash']}"
+        )
+    try:
+        return target.read(row, sample.key)
+    except OlaError as error:
+        raise OlaError(f"{sample}, image {image.index}: {error}") from None
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    """(b, longest) int64, filled up on the right."""
+    out = torch.full((len(rows), max((len(row) for row in rows), default=0)), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,337 @@
+"""The pinned snapshot: exactly which samples, images and targets a run trains on (contract 3, promises 1, 7, 8).
+
+    snapshot.json       per tar: its hash, its usable samples, the hash of every commit used
+    left_out.parquet    every image that lacks something, and why
+    group_keys.npy      one int64 per sample: images · 2³² + characters, for length grouping
+
+It is made once, before the first step; whoever resumes loads it and checks that corpus and store still are what was
+pinned. A corpus may have grown since: new tars are not in the snapshot and change nothing.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from olavlm.config import PipelineConfig, View
+from olavlm.data.atomic import replace
+from olavlm.data.corpus import Corpus, Tar, content_hash
+from olavlm.data.targets import TargetSet, TargetStore
+from olavlm.errors import OlaError
+from train.order import Ints
+
+LEFT_OUT_SCHEMA = pa.schema(
+    [
+        ("data", pa.string()),
+        ("tar", pa.string()),
+        ("key", pa.string()),
+        ("image_index", pa.int32()),
+        ("task", pa.string()),  # null: the image itself is unusable, and with it the sample
+        ("reason", pa.string()),
+    ]
+)
+#: Tars whose index and commits are kept in memory, about 1 MB each.
+_TABLES = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a stage asks of its data."""
+
+    stage: str
+    data: tuple[str, ...]
+    tasks: tuple[str, ...]  # tasks whose targets are needed
+    view: View
+    allow_view_mismatch: bool = False
+    max_missing: float = 0.01
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a sample, and the commit row of each task's target (None: it has none, see left_out.parquet)."""
+
+    index: int
+    offset: int
+    bytes: int
+    hash: str
+    targets: dict[str, dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where a sample's text, images and targets lie."""
+
+    data: str
+    tar: Tar
+    key: str
+    text_member: str
+    text_offset: int
+    text_bytes: int
+    images: list[Image]
+
+    def __str__(self) -> str:
+        return f"data {self.data}, tar {self.tar.name}, sample {self.key!r}"
+
+
+@dataclass(frozen=True)
+class _PinnedTar:
+    """A row of snapshot.json."""
+
+    name: str
+    hash: str
+    samples: int
+    commits: dict[str, str]  # task → hash of the commit file; tasks whose commit is not there are absent
+
+
+class _Table:
+    """A tar's index joined with its commits, and the rows of its usable samples."""
+
+    def __init__(self, index: pa.Table, commits: dict[str, pa.Table]):
+        self.index, self.commits = index, commits
+        keys = index["key"].to_numpy()
+        starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.empty(0, np.int64)
+        ends = np.append(starts[1:], len(keys))
+        self.undecodable = index["error"].is_valid().to_numpy()
+        usable = ~np.array([self.undecodable[a:b].any() for a, b in zip(starts, ends, strict=True)], bool)
+        self.starts, self.ends = starts[usable], ends[usable]
+
+    def group_keys(self) -> Ints:
+        """images · 2³² + characters of every usable sample."""
+        has_image = self.index["image_index"].to_numpy() >= 0
+        images = np.array([has_image[a:b].sum() for a, b in zip(self.starts, self.ends, strict=True)], np.int64)
+        keys: Ints = (images << 32) | self.index["text_length"].to_numpy()[self.starts].astype(np.int64)
+        return keys
+
+    def sample(self, data: str, tar: Tar, number: int) -> Sample:
+        """The `number`-th usable sample."""
+        start, count = int(self.starts[number]), int(self.ends[number] - self.starts[number])
+        rows = self.index.slice(start, count).to_pylist()
+        commits = {task: table.slice(start, count).to_pylist() for task, table in self.commits.items()}
+        images = [
+            Image(
+                row["image_index"], row["image_offset"], row["image_bytes"], row["image_hash"],
+                {task: of[i] if of[i]["status"] == "ok" else None for task, of in commits.items()},
+            )
+            for i, row in enumerate(rows) if row["image_index"] >= 0
+        ]  # fmt: skip
+        first = rows[0]
+        return Sample(data, tar, first["key"], first["text_member"], first["text_offset"], first["text_bytes"], images)
+
+
+class Snapshot:
+    """The pinned data of a run; samples are numbered through, data set after data set, tar after tar."""
+
+    def __init__(
+        self,
+        corpora: dict[str, Corpus],
+        targets: dict[str, dict[str, TargetSet]],
+        pinned: dict[str, list[_PinnedTar]],
+        group_keys: Ints,
+    ):
+        self.corpora, self.targets, self._pinned, self.group_keys = corpora, targets, pinned, group_keys
+        self._flat = [(name, tar) for name, tars in pinned.items() for tar in tars]
+        self._starts = np.cumsum([0, *(tar.samples for _, tar in self._flat)])
+        self._tables: OrderedDict[int, _Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Usable samples per data set."""
+        return tuple(sum(tar.samples for tar in tars) for tars in self._pinned.values())
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` of ``[0, sum(sizes))``. Safe to call from many threads.
+
+        Raises:
+            OlaError: a commit is not the pinned one any more.
+        """
+        t = int(np.searchsorted(self._starts, number, side="right")) - 1
+        name, pinned = self._flat[t]
+        with self._lock:
+            table = self._tables.get(t)
+            if table:
+                self._tables.move_to_end(t)
+        if table is None:
+            table = _load(self.corpora[name], self.targets[name], pinned)
+            with self._lock:
+                self._tables[t] = table
+                if len(self._tables) > _TABLES:
+                    self._tables.popitem(last=False)
+        return table.sample(name, self.corpora[name].tar(pinned.name), number - int(self._starts[t]))
+
+    @classmethod
+    def open(cls, folder: Path, config: PipelineConfig, request: Request) -> "Snapshot":
+        """The snapshot pinned in a run's folder, checked against corpus and store; pinned now if there is none.
+
+        Raises:
+            OlaError: corpus or targets are missing, changed since they were pinned, or of another corpus, teacher or view;
+                or more than ``max_missing`` of the images lack something. The message says what, and how to go on.
+        """
+        corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}
+        targets = {name: _find_targets(config, request, name, corpora[name]) for name in request.data}
+        file = folder / "snapshot.json"
+        if not file.exists():
+            _pin(folder, request, corpora, targets)
+        saved = json.loads(file.read_text())["data"]
+        pinned = {name: [_PinnedTar(**tar) for tar in saved[name]["tars"]] for name in request.data}
+        for name, corpus in corpora.items():
+            if saved[name]["corpus_id"] != corpus.id:
+                then = saved[name]["corpus_id"]
+                raise OlaError(f"{file}: pinned corpus {then}, data.{name}.corpus is now {corpus.id}")
+            _check(file, corpus, targets[name], pinned[name])
+        return cls(corpora, targets, pinned, np.load(folder / "group_keys.npy", mmap_mode="r"))
+
+
+def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: Corpus) -> dict[str, TargetSet]:
+    """The target set of every task asked for, refused if it is not what the pipeline states (promise 7)."""
+    if not request.tasks:
+        return {}
+    path = config.data[name].targets
+    if path is None:
+        raise OlaError(f"data.{name}.targets: missing, and {request.stage} needs targets of {', '.join(request.tasks)}")
+    store = TargetStore.open(path, corpus.id)
+    found = {task: store.find(task, config.teachers[task]) for task in request.tasks}
+    for task, target in found.items():
+        if target.identity.view != request.view and not request.allow_view_mismatch:
+            raise OlaError(
+                f"{target.path}: the {task} teacher saw view {target.identity.view!r}, the student of {request.stage} "
+                f"sees {request.view!r}, so their grids show different pixels; featurize with teachers.{task}.view="
+                f"{request.view}, or set stages.{request.stage}.allow_view_mismatch=true to train so all the same"
+            )
+    return found
+
+
+def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: dict[str, dict[str, TargetSet]]) -> None:
+    """Join every index with its commits, settle what is missing, and write the snapshot; snapshot.json comes last."""
+    data: dict[str, Any] = {}
+    group_keys: list[Ints] = []
+    left_out: list[dict[str, Any]] = []
+    images = 0
+    for name, corpus in corpora.items():
+        tars = []
+        for tar in corpus.tars:
+            files = {task: target.commit_file(tar) for task, target in targets[name].items()}
+            commits = {task: content_hash(file.read_bytes()) for task, file in files.items() if file.exists()}
+            table = _load(corpus, targets[name], _PinnedTar(tar.name, tar.hash, 0, commits))
+            left_out += ({"data": name, "tar": tar.name, **row} for row in _missing(table, request.tasks))
+            images += tar.images
+            group_keys.append(table.group_keys())
+            tars.append(asdict(_PinnedTar(tar.name, tar.hash, len(table.starts), commits)))
+        data[name] = {
+            "corpus": str(corpus.path),
+            "corpus_id": corpus.id,
+            "samples": sum(tar["samples"] for tar in tars),
+            "targets": {task: target.path.name for task, target in targets[name].items()},
+            "tars": tars,
+        }
+        if not data[name]["samples"]:
+            raise OlaError(f"data.{name}.corpus: {corpus.path} holds no sample that {request.stage} could train on")
+    _refuse_if_too_many(request, left_out, images)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "group_keys.npy", np.concatenate(group_keys))
+    pq.write_table(pa.Table.from_pylist(left_out, LEFT_OUT_SCHEMA), folder / "left_out.parquet")
+    counts = {str(key): count for key, count in _count(left_out).items()}
+    content = {"tasks": request.tasks, "view": request.view, "images": images, "left_out": counts, "data": data}
+    replace(folder / "snapshot.json", json.dumps(content, indent=1).encode())
+
+
+def _missing(table: _Table, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows for left_out.parquet: undecodable images, and images of usable samples without a task's target."""
+    keys, numbers, errors = (table.index[c].to_pylist() for c in ("key", "image_index", "error"))
+    rows = [
+        {"key": keys[i], "image_index": numbers[i], "task": None, "reason": errors[i]}
+        for i in np.flatnonzero(table.undecodable)
+    ]
+    usable = [i for a, b in zip(table.starts, table.ends, strict=True) for i in range(a, b) if numbers[i] >= 0]
+    for task in tasks:
+        commit = table.commits.get(task)
+        status = commit["status"].to_pylist() if commit else ["missing"] * len(keys)
+        reasons = commit["reason"].to_pylist() if commit else ["its tar is not featurized"] * len(keys)
+        rows += [
+            {"key": keys[i], "image_index": numbers[i], "task": task, "reason": reasons[i] or status[i]}
+            for i in usable
+            if status[i] != "ok"
+        ]
+    return rows
+
+
+def _count(left_out: list[dict[str, Any]]) -> dict[str | None, int]:
+    """Images left out, by task (None: the image itself)."""
+    tasks = [row["task"] for row in left_out]
+    return {task: tasks.count(task) for task in dict.fromkeys(tasks)}
+
+
+def _refuse_if_too_many(request: Request, left_out: list[dict[str, Any]], images: int) -> None:
+    """Raise if more than ``max_missing`` of the images lack one task's target, or cannot be decoded (promise 8)."""
+    for task, count in _count(left_out).items():
+        if count > request.max_missing * images:
+            rows = [row for row in left_out if row["task"] == task]
+            examples = "; ".join(f"{r['data']}/{r['tar']}/{r['key']}: {r['reason']}" for r in rows[:3])
+            what = f"have no {task} target" if task else "cannot be decoded"
+            raise OlaError(
+                f"{request.stage}: {count} of {images} images ({count / images:.2%}) {what}, max_missing is "
+                f"{request.max_missing:.2%} ({examples}); run `python -m featurize run` to fill the gaps, or raise "
+                "max_missing to train without them"
+            )
+
+
+def _check(file: Path, corpus: Corpus, targets: dict[str, TargetSet], pinned: list[_PinnedTar]) -> None:
+    """Raise if a pinned tar or commit is gone or changed."""
+    tars = {tar.name: tar for tar in corpus.tars}
+    for pin in pinned:
+        tar = tars.get(pin.name)
+        if tar is None or tar.hash != pin.hash:
+            found = f"hash {tar.hash}" if tar else "gone"
+            raise OlaError(f"{file}: pinned tar {pin.name} of {corpus.path} with hash {pin.hash}, now it is {found}")
+        for task, digest in pin.commits.items():
+            _commit_bytes(targets[task], tar, digest)
+
+
+def _commit_bytes(target: TargetSet, tar: Tar, digest: str) -> None:
+    """Raise if the commit is not the pinned one."""
+    path = target.commit_file(tar)
+    found = content_hash(path.read_bytes()) if path.exists() else "gone"
+    if found != digest:
+        raise OlaError(
+            f"{path}: this commit has changed since the run was pinned (then {digest}, now {found}); "
+            "remove the run's folder to train on the new targets, or restore the old ones"
+        )
+
+
+def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar) -> _Table:
+    """A tar's index and pinned commits, which must agree row by row on key, image index and image hash (promise 1)."""
+    tar = corpus.tar(pinned.name)
+    index = corpus.index(tar)
+    commits = {}
+    for task, digest in pinned.commits.items():
+        _commit_bytes(targets[task], tar, digest)
+        commit = targets[task].commit(tar)
+        if commit is None:
+            raise OlaError(
+                f"{targets[task].commit_file(tar)}: made when tar {tar.name} had another content than {corpus.path} "
+                f"now says (hash {tar.hash}); featurize this corpus into a store of its own"
+            )
+        if wrong := _difference(index, commit):
+            raise OlaError(
+                f"{targets[task].commit_file(tar)}: not of the images in {corpus.path}, tar {tar.name}: {wrong}"
+            )
+        commits[task] = commit
+    return _Table(index, commits)
+
+
+def _difference(index: pa.Table, commit: pa.Table) -> str | None:
+    """Where a commit is about other images than the index; None if row by row they are the same."""
+    if len(index) != len(commit):
+        return f"{len(index)} rows in the index, {len(commit)} in the commit"
+    for column in ("key", "image_index", "image_hash"):
+        for row, (here, there) in enumerate(zip(index[column].to_pylist(), commit[column].to_pylist(), strict=True)):
+            if here != there:
+                sample = f"sample {index['key'][row]}, image {index['image_index'][row]}"
+                return f"{column} of {sample} is {here!r} in the corpus and {there!r} in the commit"
+    return None

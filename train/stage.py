@@ -1,0 +1,240 @@
+"""A training stage (pretrain, vpt, finetune) from its configuration to its exported model.
+
+The loop in `_train` is the whole of it: fetch, forward, loss, backward, clip, step, log if due, checkpoint if due.
+"""
+
+import math
+import os
+import shutil
+import signal
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from olavlm import runs
+from olavlm.config import PipelineConfig, StageConfig
+from olavlm.errors import OlaError
+from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
+from train import checkpoint, metrics, student
+from train.distributed import World
+from train.loader import Loader, MicroBatch
+from train.order import Order, quotas, rank_share
+from train.snapshot import Request, Snapshot
+from train.step import Objective, accumulate, learning_rate
+
+
+def run(config: PipelineConfig, stage: str) -> None:
+    """Train a stage to its end, from its newest checkpoint if there is one; nothing happens if it has finished.
+
+    Raises:
+        OlaError: bad configuration, data or targets; a loss that is not finite.
+        KeyboardInterrupt: asked to stop; a checkpoint was written.
+    """
+    settings = student.stage_config(config, stage)
+    folder = runs.stage_dir(config, stage)
+    if runs.begin(folder, runs.depends_on(config, stage)):
+        Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
+        return
+    world = World.join()
+    try:
+        summary = _train(config, stage, settings, folder, world)
+        if world.rank == 0:
+            runs.finish(folder, summary)
+        world.barrier()
+    finally:
+        world.leave()
+
+
+def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, world: World) -> dict[str, Any]:
+    """The stage itself; returns what done.json tells."""
+    if world.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    weights = {task: weight for task, weight in stage.losses.items() if weight}
+    snapshot = open_snapshot(folder, config, request(name, stage, tuple(weights)), world)
+    order = order_of(snapshot, stage, config.seed)
+    steps = total_steps(order, stage)
+
+    model, processor = student.start(config, name)
+    processor.view = stage.view
+    parts = student.prepare(model, stage, world.device)
+    parameters = {key: p for pairs in parts.values() for key, p in pairs}
+    world.broadcast(list(parameters.values()))
+    optimizer = _optimizer(parts, stage, world.device)
+    saved = checkpoint.complete(folder / "checkpoints")
+    done = saved[-1] if saved else 0
+    if done:
+        checkpoint.load(folder / "checkpoints", done, parameters, optimizer)
+
+    objective = Objective(weights, stage.contrastive, torch.bfloat16 if stage.dtype == "bfloat16" else None)
+    share = lambda step: rank_share(order.batch(step), stage.micro_batch, world.rank, world.size)  # noqa: E731
+    loader = Loader(
+        snapshot, processor, list(weights), stage.max_length, range(done, steps), share, stage.loader_threads,
+        pin_memory=world.device.type == "cuda",
+    )  # fmt: skip
+    log = metrics.Metrics(folder, name, done, steps, quiet=world.rank > 0)
+    waited = 0.0
+    try:
+        with _Stop() as stop, closing(iter(loader)) as fetched:
+            for step, batches in zip(range(done, steps), fetched, strict=True):
+                torch.manual_seed(_seed(config.seed, step, world.rank))
+                batches = [batch.each(lambda t: t.to(world.device, non_blocking=True)) for batch in batches]
+                optimizer.zero_grad()
+                terms, losses = accumulate(model, batches, objective, world)
+                world.sum_gradients(list(parameters.values()))
+                norm = nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
+                values, stopping = _reduce(terms, stop.asked, world)
+                _check_finite(step, {**values, "grad_norm": float(norm)}, losses, batches)
+                factor = learning_rate(step, steps, stage.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+                optimizer.step()
+                log.advance(len(order.batch(step)), loader.waited - waited)
+                waited = loader.waited
+                if _due(step + 1, stage.log_every, steps) or step == 0:
+                    log.log(step + 1, {**values, "lr": stage.lr * factor, "grad_norm": float(norm)})
+                if _due(step + 1, stage.checkpoint_every, steps) or stopping:
+                    if world.rank == 0:
+                        checkpoint.save(folder / "checkpoints", step + 1, parameters, optimizer, stage.keep)
+                    world.barrier()
+                if stopping and step + 1 < steps:
+                    raise KeyboardInterrupt
+    finally:
+        speed = log.close()
+    if world.rank == 0:
+        export(model, processor, folder / "model", stage)
+    return _summary(folder, model, parts, steps, order, speed) if world.rank == 0 else {}
+
+
+def request(name: str, stage: StageConfig, tasks: tuple[str, ...]) -> Request:
+    """What a stage asks of its data."""
+    return Request(name, tuple(stage.data), tasks, stage.view, stage.allow_view_mismatch, stage.max_missing)
+
+
+def open_snapshot(folder: Path, config: PipelineConfig, request: Request, world: World) -> Snapshot:
+    """The run's snapshot; where it has to be made, the first rank makes it while the others wait."""
+    if world.rank == 0:
+        snapshot = Snapshot.open(folder, config, request)
+    world.barrier()
+    return snapshot if world.rank == 0 else Snapshot.open(folder, config, request)
+
+
+def order_of(snapshot: Snapshot, stage: StageConfig, seed: int) -> Order:
+    """The order of a stage's samples.
+
+    Raises:
+        OlaError: weights for some of the stage's data only.
+    """
+    missing = [name for name in stage.data if name not in stage.weights] if stage.weights else []
+    if missing:
+        raise OlaError(f"stages.…weights: {', '.join(missing)} has none; give every data set a weight, or none of them")
+    weights = [stage.weights[name] for name in stage.data] if stage.weights else None
+    keys = snapshot.group_keys if stage.group_by_length else None
+    return Order(snapshot.sizes, quotas(snapshot.sizes, weights), seed, stage.global_batch, keys)
+
+
+def total_steps(order: Order, stage: StageConfig) -> int:
+    """Optimizer steps of a stage."""
+    steps = math.ceil(stage.epochs * order.epoch_batches)
+    return min(steps, stage.max_steps) if stage.max_steps else steps
+
+
+def export(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, folder: Path, stage: StageConfig) -> None:
+    """Publish the student as an ordinary Hugging Face folder, in full or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(student.DTYPES[stage.dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could say that it was done
+    os.rename(temporary, folder)
+
+
+def _optimizer(parts: student.Parts, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with one group per part; ``base_lr`` is what the schedule scales."""
+    groups = [
+        {"params": [p for _, p in pairs], "base_lr": stage.lrs.get(part, stage.lr)}  # type: ignore[call-overload]
+        for part, pairs in parts.items()
+        if pairs
+    ]
+    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay, fused=device.type == "cuda")
+
+
+def _reduce(terms: dict[str, Tensor], stop: bool, world: World) -> tuple[dict[str, float], bool]:
+    """The terms summed over the ranks, and whether any rank was asked to stop, in one collective."""
+    flat = torch.stack([*terms.values(), torch.tensor(float(stop), device=world.device)])
+    *values, stopping = world.sum(flat).tolist()
+    return dict(zip(terms, values, strict=True)), stopping > 0
+
+
+def _check_finite(step: int, values: dict[str, float], losses: list[Tensor], batches: list[MicroBatch]) -> None:
+    """Raise if the loss or the gradient is not finite, naming this rank's samples whose loss is not."""
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if not wrong:
+        return
+    filled = [batch for batch in batches if batch.keys]
+    keys = [key for b, loss in zip(filled, losses, strict=True) if not math.isfinite(loss) for key in b.keys]
+    among = f"; among: {'; '.join(keys[:8])}{' …' if len(keys) > 8 else ''}" if keys else ""
+    raise OlaError(
+        f"step {step + 1}: {', '.join(wrong)} not finite{among}; "
+        "the parameters were not changed, and no checkpoint of this step was written"
+    )
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every `every` steps, and at the end, happens after this one."""
+    return step % every == 0 or step == steps
+
+
+def _seed(*key: int) -> int:
+    """A seed for what is random inside a step."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest())
+
+
+def _summary(
+    folder: Path,
+    model: OlaVlmForConditionalGeneration,
+    parts: student.Parts,
+    steps: int,
+    order: Order,
+    speed: dict[str, float],
+) -> dict[str, Any]:
+    """What done.json tells of a training."""
+    lines = metrics.read(folder)
+    first, final = ({k: v for k, v in ln.items() if k in ("loss", "text") or "/" in k} for ln in (lines[0], lines[-1]))
+    epochs, rest = divmod(steps, order.epoch_batches)
+    return {
+        "steps": steps,
+        "samples": epochs * order.epoch_samples + min(rest * order.global_batch, order.epoch_samples),
+        **speed,
+        "first": first,
+        "final": final,
+        "trained_parameters": {part: sum(p.numel() for _, p in pairs) for part, pairs in parts.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+@dataclass
+class _Stop:
+    """While it is open, the first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+
+    asked: bool = False
+
+    def __enter__(self) -> "_Stop":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,135 @@
+"""Where a stage's student comes from: built from its parts, or the model another stage has exported."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from olavlm import runs
+from olavlm.config import PipelineConfig, StageConfig
+from olavlm.errors import OlaError
+from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor, build_student, parameter_groups
+
+Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
+Parts = dict[str, list[tuple[str, nn.Parameter]]]  # part → its parameters with their names
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def stage_config(config: PipelineConfig, stage: str) -> StageConfig:
+    """The settings of a stage.
+
+    Raises:
+        OlaError: the pipeline has no such stage.
+    """
+    stages = dict[str, StageConfig](config.stages.items())
+    if stage not in stages:
+        raise OlaError(f"stages.{stage}: this pipeline has no such stage; it has: {', '.join(stages)}")
+    return stages[stage]
+
+
+def tasks(config: PipelineConfig) -> list[dict[str, Any]]:
+    """The student's tasks in sequence order, in the shapes of their teachers' targets."""
+    student = config.student
+    return [
+        {
+            "name": task,
+            "kind": "pooled" if config.teachers[task].grid == 1 else "dense",
+            "queries": config.teachers[task].tokens,
+            "width": config.teachers[task].width,
+            "layers": student.layers.get(task, []),
+            "task_tokens": student.task_tokens,
+            "depth_mlps": task == "depth",  # as published; see EmbeddingPredictor
+            **({"dim": student.dims[task]} if task in student.dims else {}),
+        }
+        for task in student.tasks
+    ]
+
+
+def create(config: PipelineConfig, dtype: torch.dtype = torch.float32) -> Student:
+    """A student as it is before any training; its new parts depend on the pipeline's seed only."""
+    student = config.student
+    return build_student(
+        student.vision_tower,
+        student.language_model,
+        tasks(config),
+        vision_feature_layer=student.vision_feature_layer,
+        predictors_read_text=student.predictors_read_text,
+        gguf_file=student.gguf_file,
+        seed=config.seed,
+        dtype=dtype,
+    )
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
+    """The student in an exported model folder.
+
+    Raises:
+        OlaError: there is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise OlaError(f"{folder}: no model here (config.json is missing)")
+    model = OlaVlmForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model, OlaVlmProcessor.from_pretrained(folder)
+
+
+def start(config: PipelineConfig, stage: str) -> Student:
+    """The student that a stage starts from (``stages.<stage>.init``), in the stage's dtype.
+
+    Raises:
+        OlaError: the stage to start from has not finished, or its model lacks what this one's losses need.
+    """
+    settings = stage_config(config, stage)
+    dtype = DTYPES.get(settings.dtype)
+    if dtype is None:
+        raise OlaError(f"stages.{stage}.dtype: {settings.dtype} cannot train (its range is too small); use bfloat16")
+    if settings.init is None:
+        return create(config, dtype)
+    if settings.init in config.stages:
+        before = runs.stage_dir(config, settings.init)
+        if runs.finished(before) is None:
+            raise OlaError(f"stages.{stage}.init: {settings.init} has not finished in {before}; train it first")
+        folder = before / "model"
+    else:
+        folder = Path(settings.init)
+    model, processor = load(folder, dtype)
+    _check_tasks(config, stage, folder, model)
+    return model, processor
+
+
+def _check_tasks(config: PipelineConfig, stage: str, folder: Path, model: OlaVlmForConditionalGeneration) -> None:
+    """Raise if the tasks a stage trains are not the model's."""
+    found = {task.name: task for task in model.config.task_configs}
+    for task in tasks(config):
+        if not stage_config(config, stage).losses.get(task["name"]):
+            continue
+        if task["name"] not in found:
+            raise OlaError(f"stages.{stage}.losses: {folder} has no task {task['name']!r}; it has: {', '.join(found)}")
+        for key in ("queries", "width", "layers"):
+            have, want = getattr(found[task["name"]], key), task[key]
+            if (list(have) if key == "layers" else have) != want:
+                raise OlaError(f"{folder}: task {task['name']} has {key} {have}, the pipeline says {want}")
+
+
+def prepare(model: OlaVlmForConditionalGeneration, stage: StageConfig, device: torch.device) -> Parts:
+    """Make a student ready for a stage: only its trainable parts require gradients, and those are kept in fp32.
+
+    Frozen parts stay in the stage's dtype; in bfloat16 the forward pass runs under autocast over fp32 master weights.
+
+    Returns:
+        The trainable parameters with their names, by part.
+    """
+    groups = parameter_groups(model)
+    trainable: Parts = {part: groups[part] for part in stage.trainable}
+    model.requires_grad_(False)
+    for _, parameter in (pair for pairs in trainable.values() for pair in pairs):
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()
+    model.to(device)  # type: ignore[arg-type]
+    model.train()
+    if "vision_tower" not in stage.trainable:
+        model.model.vision_tower.eval()
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    return trainable
