@@ -156,7 +156,7 @@ class TarBuilder:
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def add(self, key: str, images: list[tuple[str, bytes, ImageFacts]], text: bytes, length: int) -> None:
-        """Append a sample: its images (extension, encoded bytes, facts), then its JSON; its turns have `length` characters."""
+        """Append a sample: images (extension, encoded bytes, facts), then the JSON; `length`: characters of its turns."""
         described = []
         for i, (extension, data, facts) in enumerate(images):
             name = f"{key}.{i}.{extension}" if len(images) > 1 else f"{key}.{extension}"

@@ -1,0 +1,1 @@
+"""Real photographs: a dozen that installable packages carry, with words written for them."""
