@@ -19,6 +19,7 @@ from olavlm.config import View
 from olavlm.errors import OlaError
 from olavlm.model.configuration import OlaVlmConfig, parse_tasks
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
+from olavlm.model.predictor import EmbeddingPredictor
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"  # with and without a CLS token in front of the patches
@@ -90,7 +91,8 @@ def build_student(
     model = _compose(config, tower, text_model, len(tokenizer), seed)
     model.to(dtype)  # type: ignore[arg-type]
     model.generation_config = _generation_config(text_model, processor)
-    return model.eval(), processor
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, processor
 
 
 def _compose(
@@ -107,10 +109,10 @@ def _compose(
         torch.manual_seed(seed)
         for part in (projector, model.task_tokens, model.predictors, model.logit_scales):
             part.to_empty(device="cpu")
-        for linear in (projector.linear_1, projector.linear_2):
-            linear.reset_parameters()  # torch's fan-in initialisation, as LLaVA's
-        for module in (model.task_tokens, model.logit_scales, *model.predictors.modules()):
-            model._init_weights(module)
+        predictors = [module for module in model.predictors.modules() if isinstance(module, EmbeddingPredictor)]
+        # The projector's layers keep torch's fan-in initialisation, as LLaVA's do.
+        for module in (projector.linear_1, projector.linear_2, model.task_tokens, model.logit_scales, *predictors):
+            module.reset_parameters()
         _grow_vocabulary(model, vocabulary)
     return model
 

@@ -15,8 +15,6 @@ from olavlm.model.configuration import OlaVlmConfig, TaskConfig
 from olavlm.model.layout import ImageLayout, find_images
 from olavlm.model.predictor import EmbeddingPredictor
 
-LOGIT_SCALE = 2.0
-
 #: Parts of the student by prefix of the parameter name, as configurations name them.
 PARTS = {
     "vision_tower": ("model.vision_tower.",),
@@ -38,6 +36,24 @@ class OlaVlmOutput(LlavaCausalLMOutputWithPast):
     predictions: dict[str, dict[int, Tensor]] | None = None
 
 
+class TaskTokens(nn.ParameterDict):
+    """Each task's learnable table, N(0, 1)."""
+
+    def reset_parameters(self) -> None:
+        """Draw anew."""
+        for table in self.parameters():
+            nn.init.normal_(table)
+
+
+class LogitScales(nn.ParameterDict):
+    """Each task's learnable log-scale of the cosines in its contrastive loss."""
+
+    def reset_parameters(self) -> None:
+        """Back to the published start."""
+        for scale in self.parameters():
+            nn.init.constant_(scale, 2.0)
+
+
 class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
     """The student: vision encoder → projector → language model, with task tokens behind every image.
 
@@ -54,25 +70,19 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         hidden = config.llm.hidden_size
         tasks = config.task_configs
         # Held as parameters: rebuilt as `nn.Parameter(...).to(dtype)` they would neither be trained nor saved.
-        self.task_tokens = nn.ParameterDict({t.name: torch.empty(t.table_rows, hidden) for t in tasks if t.task_tokens})
+        self.task_tokens = TaskTokens({t.name: torch.empty(t.table_rows, hidden) for t in tasks if t.task_tokens})
         self.predictors = nn.ModuleDict(
             {t.name: nn.ModuleDict({str(layer): _predictor(t, hidden) for layer in t.layers}) for t in tasks}
         )
         # One element rather than a scalar: `fully_shard` refuses scalar parameters.
-        self.logit_scales = nn.ParameterDict({t.name: torch.empty(1) for t in tasks})
+        self.logit_scales = LogitScales({t.name: torch.empty(1) for t in tasks})
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what no checkpoint provides: task tokens N(0, 1), logit scales 2, predictors by fan-in."""
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        if isinstance(module, EmbeddingPredictor):
+        if isinstance(module, EmbeddingPredictor | TaskTokens | LogitScales):
             module.reset_parameters()
-        elif module is self.task_tokens:
-            for table in module.parameters():
-                nn.init.normal_(table)
-        elif module is self.logit_scales:
-            for scale in module.parameters():
-                nn.init.constant_(scale, LOGIT_SCALE)
 
     def inserted_tokens(self) -> Tensor:
         """The embeddings inserted behind every image, all tasks in order: (sum of task_tokens, hidden)."""
