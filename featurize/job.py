@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -35,25 +36,27 @@ def executor(
     teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]
 ) -> Executor:
     """The executor the pipeline asks for; a context manager."""
-    kind = {"inprocess": InProcess, "ray": RayPool}[settings.executor]
+    kind = InProcess if settings.executor == "inprocess" else RayPool
     return kind(teachers, settings, identities)
 
 
 def make_worker(*arguments: Any) -> Worker:
-    """A worker with its share of this machine's cores, the same share under every executor.
+    """A worker; on a CPU its forward passes use one thread, so that `workers` is what fills the cores.
 
-    How many threads a matrix product uses can change its last bits, and a store must not show which executor ran.
+    How many threads a matrix product uses changes its last bits, and a store must not show how many cores were free.
     """
     settings: FeaturizeConfig = arguments[1]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+    if settings.gpus_per_worker == 0:
+        torch.set_num_threads(1)
     return Worker(*arguments)
 
 
 class InProcess:
-    """One worker, here: for debugging, and where ray is not installed."""
+    """Workers as threads of this process, sharing the teachers: to debug, on small machines, and without ray."""
 
     def __init__(self, *arguments: Any):
         self._arguments = arguments
+        self._settings: FeaturizeConfig = arguments[1]
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -64,9 +67,15 @@ class InProcess:
         torch.set_num_threads(self._threads)
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
-        """One after the other; the first error ends it."""
-        for unit in units:
-            yield self._worker.run(unit)
+        """Every unit's report; the first error ends it, once the units under way are through."""
+        with ThreadPoolExecutor(self._settings.workers, "worker") as pool:
+            futures = [pool.submit(self._worker.run, unit) for unit in units]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
 
 
 class RayPool:
@@ -92,8 +101,7 @@ class RayPool:
         self._folder: str | None = None
         if not ray.is_initialized():
             self._start()
-        options = {"num_cpus": 1, "num_gpus": self._settings.gpus_per_worker, "max_restarts": 0}
-        self._actor: Any = ray.remote(**options)(_Actor)
+        self._actor: Any = ray.remote(num_cpus=1, num_gpus=self._settings.gpus_per_worker)(_Actor)
         self._actors = [self._actor.remote(*self._arguments) for _ in range(self._settings.workers)]
         return self
 

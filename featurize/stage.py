@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from featurize import teachers
 from featurize.job import executor
 from featurize.worker import Report, Unit
+from olavlm import runs
 from olavlm.config import DataConfig, PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.data.commit import blocks, describe_arrays
@@ -80,6 +81,8 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     if not config.teachers:
         raise OlaError(f"pipeline {config.name}: teachers is empty, so there is nothing to featurize")
     console = Console(stderr=True)
+    # A finished stage is looked at again all the same: its corpus may have grown, and what is committed costs nothing.
+    runs.begin(runs.stage_dir(config, "featurize"), runs.depends_on(config, "featurize"))
     identities = {task: teachers.load(teacher).identity(task) for task, teacher in config.teachers.items()}
     jobs = open_jobs(config, identities)
     missing = [unit for job in jobs for unit in job.missing()]
@@ -131,7 +134,7 @@ def _execute(
 
 def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], seconds: float) -> dict[str, Any]:
     """What the stores hold now, and how fast this run was (or the last one that had anything to do)."""
-    folder = Path(config.run_dir) / "featurize"
+    folder = runs.stage_dir(config, "featurize")
     file = folder / "summary.json"
     computed = sum(report.images for report in reports)
     busy = sum(report.forward_seconds for report in reports) / config.featurize.workers
@@ -158,6 +161,7 @@ def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], s
     }
     replace(folder / "failed.jsonl", "".join(json.dumps(f) + "\n" for f in failures).encode())
     replace(file, json.dumps(summary, indent=2).encode())
+    runs.finish(folder, summary)
     return summary
 
 

@@ -92,6 +92,7 @@ class Worker:
                 wanted = asdict(identities[task])
                 wrong = [f"{k}: {v!r} here, {wanted[k]!r} wanted" for k, v in asdict(here).items() if v != wanted[k]]
                 raise OlaError(f"teacher of {task} on {socket.gethostname()}: {'; '.join(wrong)}")
+            _ = teacher.model  # read now: later two threads would
 
     def run(self, unit: Unit) -> Report:
         """Commit what the unit lacks. What is committed already, or in another writer's hands, is left alone.

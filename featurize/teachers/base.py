@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from olavlm.config import TeacherConfig
 from olavlm.data.images import apply_view
@@ -33,17 +33,19 @@ class Teacher(ABC):
         depth_sign: what a larger decoded depth means, for depth teachers.
         weights_folder: folder inside the repository that holds config.json and the weights.
         processor_folder: folder that holds preprocessor_config.json.
+        files: what of the repository is needed, for the command that downloads it.
     """
 
     depth_sign: Literal["larger_is_closer", "larger_is_farther"] | None = None
     weights_folder = "."
     processor_folder = "."
+    files: tuple[str, ...] = ("*.json", "*.txt", "*.safetensors")
 
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         self.config = config
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.folder = find_weights(config)
+        self.folder = find_weights(config, self.files)
         self.architecture = _read_json(self.folder / self.weights_folder / "config.json")
         self.processor = _read_json(self.folder / self.processor_folder / "preprocessor_config.json")
         self._mean = torch.tensor(self.processor["image_mean"]).view(3, 1, 1)
@@ -52,7 +54,7 @@ class Teacher(ABC):
     @cached_property
     def model(self) -> nn.Module:
         """The network, in eval mode, in the configured dtype, on the device."""
-        logging.disable_progress_bar()  # one bar per worker and teacher would bury the job's own
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per worker and teacher would bury the job's own
         return self.load_model().to(self.device, self.dtype).eval().requires_grad_(False)
 
     @abstractmethod
@@ -114,7 +116,7 @@ class Teacher(ABC):
         )
 
 
-def find_weights(config: TeacherConfig) -> Path:
+def find_weights(config: TeacherConfig, files: tuple[str, ...]) -> Path:
     """The folder of a teacher's weights: a path, or a hub id that has been downloaded.
 
     Raises:
@@ -132,9 +134,11 @@ def find_weights(config: TeacherConfig) -> Path:
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError):
         revision = f" --revision {config.revision}" if config.revision else ""
+        include = " ".join(f"'{pattern}'" for pattern in files)
         raise OlaError(
             f"{what}: neither a folder {path.resolve()} nor {config.weights!r} in the Hugging Face cache; "
-            f"get them with `hf download {config.weights}{revision}` (the demo world's with `make teachers`)"
+            f"get them with `hf download {config.weights}{revision} --include {include}`, "
+            "the demo world's with `make teachers`"
         ) from None
 
 

@@ -71,7 +71,8 @@ class DepthAnything(Teacher):
         with_cls = torch.cat([features.mean(1, keepdim=True), features], dim=1)  # the neck drops the first token
         grid = self.config.grid
         taps = [with_cls] * len(model.config.neck_hidden_sizes)
-        return model.head(model.neck(taps, grid, grid), grid, grid).float()
+        depth: Tensor = model.head(model.neck(taps, grid, grid), grid, grid)
+        return depth.float()
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

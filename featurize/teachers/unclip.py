@@ -17,6 +17,7 @@ class UnClip(Teacher):
 
     weights_folder = "image_encoder"
     processor_folder = "feature_extractor"
+    files = ("image_encoder/config.json", "image_encoder/model.safetensors", "feature_extractor/*")
 
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)
@@ -40,4 +41,5 @@ class UnClip(Teacher):
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
         """(n, 3, S, S) → (n, 1, width)."""
-        return self.model(pixels.to(self.device, self.dtype)).image_embeds[:, None].float()
+        embeds: Tensor = self.model(pixels.to(self.device, self.dtype)).image_embeds
+        return embeds[:, None].float()

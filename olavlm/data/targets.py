@@ -37,20 +37,20 @@ SCHEMA_VERSION = 1
 
 COMMIT_SCHEMA = pa.schema(
     [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("image_index", pa.int32(), nullable=False),  # -1: a text-only sample
+        pa.field("key", pa.string()),
+        pa.field("image_index", pa.int32()),  # -1: a text-only sample
         pa.field("image_hash", pa.string()),
-        pa.field("status", pa.string(), nullable=False),  # ok | failed | no_image
+        pa.field("status", pa.string()),  # ok | failed | no_image
         pa.field("reason", pa.string()),  # of a failure
-        pa.field("block", pa.int32(), nullable=False),  # shard number; -1 without a target, as all the following
-        pa.field("row", pa.int32(), nullable=False),  # inside the block: the image's ordinal in its tar modulo block
-        pa.field("values_offset", pa.int64(), nullable=False),  # inside the shard object
-        pa.field("values_bytes", pa.int64(), nullable=False),
-        pa.field("scales_offset", pa.int64(), nullable=False),
-        pa.field("scales_bytes", pa.int64(), nullable=False),
-        pa.field("checksum", pa.uint32(), nullable=False),  # crc32c over key, scales, values
-        pa.field("rms", pa.float32(), nullable=False),  # of the features before quantization
-        pa.field("absmax", pa.float32(), nullable=False),
+        pa.field("block", pa.int32()),  # shard number; -1 without a target, as all the following
+        pa.field("row", pa.int32()),  # inside the block: the image's ordinal in its tar modulo block
+        pa.field("values_offset", pa.int64()),  # inside the shard object
+        pa.field("values_bytes", pa.int64()),
+        pa.field("scales_offset", pa.int64()),
+        pa.field("scales_bytes", pa.int64()),
+        pa.field("checksum", pa.uint32()),  # crc32c over key, scales, values
+        pa.field("rms", pa.float32()),  # of the features before quantization
+        pa.field("absmax", pa.float32()),
     ]
 )
 
