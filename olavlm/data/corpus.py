@@ -158,7 +158,7 @@ class Corpus:
         Raises:
             OlaError: the tar is gone, has another size than when it was indexed, or ends before the range does.
         """
-        data = os.pread(self._descriptor(tar).number, nbytes, offset)
+        data = self._descriptor(tar).read(nbytes, offset)
         if len(data) != nbytes:
             raise OlaError(f"{self.tar_path(tar)}: {len(data)} bytes at offset {offset}, expected {nbytes}")
         return data
@@ -203,6 +203,9 @@ class _Descriptor:
         size = os.fstat(self.number).st_size
         if size != tar.bytes:
             raise OlaError(f"{path}: {size} bytes, {tar.bytes} when it was indexed; it was cut or replaced")
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        return os.pread(self.number, nbytes, offset)  # `self` stays alive, so the number stays open
 
     def __del__(self) -> None:
         if self.number >= 0:

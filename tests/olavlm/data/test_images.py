@@ -1,0 +1,153 @@
+import io
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from olavlm.data.images import MEAN_COLOUR, apply_view, decode_image
+
+RNG = np.random.default_rng(0)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_lossless_formats_decode_to_the_same_pixels(kind):
+    image = noise(17, 9)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode_image(encode(image, kind, **options)), image)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("1", "PNG"),
+        ("L", "JPEG"),
+        ("L", "PNG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("LA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("YCbCr", "JPEG"),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, kind):
+    source = Image.new("RGB", (8, 6), (255, 255, 255)).convert(mode)
+    decoded = decode_image(encode(source, kind))
+    assert decoded.mode == "RGB"
+    assert decoded.size == (8, 6)
+    assert decoded.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_transparency_is_composited_over_white():
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    decoded = decode_image(encode(image, "PNG"))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 0, 0)]
+
+
+def test_a_transparent_palette_entry_is_composited_over_white():
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(encode(image, "PNG", transparency=0))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(values), "PNG")))
+    assert decoded[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise
+    image = noise(20, 10)
+    decoded = decode_image(encode(image, "PNG", exif=exif))
+    assert np.array_equal(decoded, np.rot90(np.asarray(image), -1))
+
+
+def test_an_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_too_many_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(ValueError, match="more than 50 pixels"):
+        decode_image(encode(noise(20, 20), "PNG"))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"no image at all" * 40, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_what_is_no_image_has_a_reason(data):
+    with pytest.raises(ValueError, match=r"empty file|not an image|cannot be decoded") as reason:
+        decode_image(data)
+    assert "0x" not in str(reason.value), "a memory address would make the index differ from run to run"
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 0.98), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]))
+def test_a_truncated_image_is_refused(cut, kind):
+    data = encode(noise(40, 30), kind)
+    with pytest.raises(ValueError, match=r"\w"):
+        decode_image(data[: int(len(data) * cut)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    data=st.binary(max_size=200),
+    prefix=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF", b"GIF89a"]),
+)
+def test_hostile_bytes_raise_nothing_but_value_error(data, prefix):
+    with suppress(ValueError):
+        decode_image(prefix + data)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+    size=st.integers(1, 40),
+    view=st.sampled_from(["squash", "pad", "center_crop"]),
+)
+def test_every_view_gives_the_square(width, height, size, view):
+    square = apply_view(Image.new("RGB", (width, height)), view, size)
+    assert square.size == (size, size)
+    assert square.mode == "RGB"
+
+
+@pytest.mark.parametrize("view", ["squash", "pad", "center_crop"])
+def test_a_square_image_looks_the_same_in_every_view(view):
+    image = noise(30, 30)
+    assert np.array_equal(apply_view(image, view, 12), image.resize((12, 12), Image.Resampling.BICUBIC))
+
+
+def test_pad_centres_on_the_mean_colour():
+    padded = np.asarray(apply_view(Image.new("RGB", (40, 20), "black"), "pad", 40))
+    assert (padded[:10] == MEAN_COLOUR).all()
+    assert (padded[10:30] == 0).all()
+    assert (padded[30:] == MEAN_COLOUR).all()
+    upright = np.asarray(apply_view(Image.new("RGB", (20, 40), "black"), "pad", 40))
+    assert np.array_equal(upright, padded.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("size", [(50, 33), (33, 50), (47, 20), (7, 90)])
+def test_center_crop_is_what_clip_does(size):
+    image = noise(*size)
+    clip = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24, do_rescale=False, do_normalize=False)
+    expected = np.asarray(clip(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(apply_view(image, "center_crop", 24)), expected)
