@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ def build(config: PipelineConfig) -> None:
     folder = runs.stage_dir(config, "corpus")
     if runs.begin(folder, runs.depends_on(config, "corpus")):
         return
-    summary = {}
+    summary: dict[str, dict[str, Any]] = {}
     for name, data in config.data.items():
         _build_one(name, data, config.seed)
         corpus = Corpus.open(data.corpus)

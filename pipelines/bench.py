@@ -1,0 +1,293 @@
+"""Measured ratios, both sides in one run: targets read from the store against teachers inside the training step.
+
+    features      one image's three targets, decoded: read from the store | the teachers, batched | one image at a time
+    step          one optimizer step of the demo student with targets from each of the three, and without any
+    full size     (--full-size) the published teachers, random weights, one image | reading a stored row of that size
+
+"One image at a time" is how the published code runs its teachers inside the step.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    SwinConfig,
+)
+
+from featurize import teachers
+from featurize.stage import run_pipeline
+from featurize.teachers.base import Teacher
+from olavlm import runs
+from olavlm.config import PipelineConfig, load_pipeline
+from olavlm.data import codec
+from olavlm.data.atomic import replace
+from olavlm.data.commit import TarWriter
+from olavlm.data.images import decode_image
+from olavlm.data.targets import TargetStore
+from pipelines import corpus as corpora
+from train import stage, student
+from train.distributed import World
+from train.loader import Loader, MicroBatch, Targets
+from train.order import Ints
+from train.snapshot import Snapshot
+from train.step import Objective, accumulate, stored
+
+RUNS = 7  # of each side, taken in turn; the median is reported
+BATCH = 32
+
+
+def bench(full_size: bool) -> dict[str, Any]:
+    """Run the benchmarks, print them, and keep them in ``runs/bench/bench.json``.
+
+    Args:
+        full_size: also time the published sizes; takes some 6 GB of memory and a minute.
+    """
+    sizes = [f"data.{name}.source.scenes={n}" for name, n in {"pretrain": 256, "finetune": 32, "probe": 32}.items()]
+    config = load_pipeline("demo", ["run_dir=runs/bench", "eval=null", "featurize.executor=inprocess", *sizes])
+    corpora.build(config)
+    run_pipeline(config)
+    result: dict[str, Any] = {"machine": machine(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
+    if full_size:
+        result["full_size"] = _full_size()
+    replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())
+    _print(result)
+    return result
+
+
+def machine() -> str:
+    """Processor, cores and library versions: what a measured number must be read with."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{model}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
+
+
+class Online:
+    """Targets from the teachers, computed inside the step from the same images that the store was made from."""
+
+    def __init__(self, loaded: dict[str, Teacher], snapshot: Snapshot, batch: int):
+        self._teachers, self._snapshot, self._batch = loaded, snapshot, batch
+        self.samples: Ints = np.empty(0, np.int64)  # of the micro-batch that is about to be trained on
+
+    def __call__(self, batch: MicroBatch) -> dict[str, Targets]:
+        """Features of every image of `samples`; `batch` images a forward pass."""
+        pictures = []
+        for number in self.samples:
+            sample = self._snapshot.sample(int(number))
+            for image in sample.images:
+                data = self._snapshot.corpora[sample.data].read(sample.tar, image.offset, image.bytes)
+                pictures.append(decode_image(data))
+        valid = torch.ones(len(pictures), dtype=torch.bool)
+        found = {}
+        for task, teacher in self._teachers.items():
+            chunks = [pictures[i : i + self._batch] for i in range(0, len(pictures), self._batch)]
+            features = [teacher.encode(torch.stack([teacher.preprocess(p) for p in chunk])) for chunk in chunks]
+            found[task] = Targets(torch.cat(features).clone(), None, valid, "fp16")
+        return found
+
+
+def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
+    """`features` and `step` at the demo's size."""
+    settings = student.stage_config(config, "pretrain")
+    tasks = tuple(settings.losses)
+    world = World.join()
+    request = stage.request("pretrain", settings, tasks)
+    snapshot = stage.open_snapshot(runs.stage_dir(config, "pretrain"), config, request, world)
+    model, processor = student.start(config, "pretrain")
+    parts = student.prepare(model, settings, world.device)
+    parameters = [p for pairs in parts.values() for _, p in pairs]
+    samples = stage.order_of(snapshot, settings, config.seed).batch(0)[:BATCH]
+    loader = Loader(snapshot, processor, list(tasks), settings.max_length, range(1), lambda _: [samples], 1)
+    loaded = {task: teachers.load(config.teachers[task]) for task in tasks}
+    batched, single = Online(loaded, snapshot, BATCH), Online(loaded, snapshot, 1)
+    batched.samples = single.samples = samples
+    batch = loader.read(samples)
+
+    def read() -> dict[str, torch.Tensor]:
+        used = [(s, i) for s in map(snapshot.sample, map(int, samples)) for i in s.images]
+        return {task: loader._read_targets(task, used).features() for task in tasks}
+
+    def step(weights: dict[str, float], source: Callable[[MicroBatch], dict[str, Targets]], names: list[str]) -> float:
+        reader = Loader(snapshot, processor, names, settings.max_length, range(1), lambda _: [samples], 1)
+        terms, _ = accumulate(model, [reader.read(samples)], Objective(weights, targets=source), world)
+        for parameter in parameters:
+            parameter.grad = None
+        return float(terms["loss"])
+
+    losses = dict(settings.losses)
+    sides: dict[str, Callable[[], Any]] = {
+        "features/stored": read,
+        "features/online, batched": lambda: batched(batch),
+        "features/online, one by one": lambda: single(batch),
+        "step/no embedding loss": lambda: step({}, stored, []),
+        "step/stored": lambda: step(losses, stored, list(tasks)),
+        "step/online, batched": lambda: step(losses, batched, []),
+        "step/online, one by one": lambda: step(losses, single, []),
+    }
+    loss_gap = abs(sides["step/stored"]() - sides["step/online, batched"]())
+    return {"seconds": _in_turn(sides), "loss_gap": loss_gap}
+
+
+def _in_turn(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median seconds of each side; one run of each after the other, so that a drifting machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(RUNS):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _full_size() -> dict[str, Any]:
+    """Seconds of one image through each published teacher (random weights), and of reading a row of that size."""
+    published = load_pipeline("llava558k-llama3-8b")
+    found: dict[str, Any] = {}
+    image = torch.randint(0, 256, (480, 640, 3), dtype=torch.uint8)
+    folder = Path(tempfile.mkdtemp(prefix="full-size-", dir="runs/bench"))
+    try:
+        for task, architecture in _ARCHITECTURES.items():
+            weights = folder / task
+            architecture(weights)
+            config = published.teachers[task].model_copy(update={"weights": str(weights), "dtype": "float32"})
+            teacher = teachers.load(config)
+            picture = Image.fromarray(image.numpy())
+            features = teacher.encode(teacher.preprocess(picture)[None])  # the first pass loads the weights
+            start = time.perf_counter()
+            features = teacher.encode(teacher.preprocess(picture)[None])
+            forward = time.perf_counter() - start
+            found[task] = {
+                "tokens": features.shape[1],
+                "width": features.shape[2],
+                "parameters": sum(p.numel() for p in teacher.model.parameters()),
+                "teacher_s": forward,
+                "stored_s": _read_row(folder / "store", teacher, task, features),
+            }
+            del teacher
+            shutil.rmtree(weights)
+    finally:
+        shutil.rmtree(folder)
+    return found
+
+
+def _read_row(path: Path, teacher: Teacher, task: str, features: torch.Tensor) -> float:
+    """Median seconds of reading, checking and decoding a row like `features` from a store."""
+    target = TargetStore.create(path, "bench").add(teacher.identity(task), block=256)
+    tar = _Tar("bench", "bench")
+    writer = TarWriter.open(target, tar, 0)
+    assert writer is not None, "a fresh store is nobody's"
+    with writer:
+        for row in range(64):
+            values, scales = codec.encode(features, target.identity.codec)
+            writer.add(f"{row}", 0, f"{row}", values[0], None if scales is None else scales[0], 1.0, 1.0)
+        writer.commit()
+    commit = target.commit(tar)
+    assert commit is not None, "just committed"
+    times = []
+    for row in commit.to_pylist():
+        start = time.perf_counter()
+        values, scales = target.read(row, row["key"])
+        decoded = None if scales is None else torch.from_numpy(scales.copy())
+        codec.decode(torch.from_numpy(values.copy()), decoded, target.identity.codec)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class _Tar:
+    name: str
+    hash: str
+
+
+def _save_depth(folder: Path) -> None:
+    """Depth-Anything-V2-Large."""
+    backbone = Dinov2Config(  # type: ignore[call-arg]
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518,
+        out_indices=[5, 12, 18, 24], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=1024, neck_hidden_sizes=[256, 512, 1024, 1024],
+        fusion_hidden_size=256,
+    )  # fmt: skip
+    DepthAnythingForDepthEstimation(config).save_pretrained(folder)
+    _save_processor(folder, {"height": 518, "width": 518})
+
+
+def _save_seg(folder: Path) -> None:
+    """OneFormer with a Swin-L backbone."""
+    backbone = SwinConfig(  # type: ignore[call-arg]
+        embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, drop_path_rate=0.3,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    OneFormerForUniversalSegmentation(OneFormerConfig(backbone_config=backbone)).save_pretrained(folder)
+    _save_processor(folder, {"shortest_edge": 800})
+
+
+def _save_gen(folder: Path) -> None:
+    """unCLIP's image encoder, CLIP-ViT-H/14."""
+    config = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
+        image_size=224, projection_dim=1024, hidden_act="gelu",
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    _save_processor(folder / "feature_extractor", {"shortest_edge": 224})
+
+
+def _save_processor(folder: Path, size: dict[str, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+_ARCHITECTURES: dict[str, Callable[[Path], None]] = {"depth": _save_depth, "seg": _save_seg, "gen": _save_gen}
+
+
+def _print(result: dict[str, Any]) -> None:
+    """The ratios as tables."""
+    console = Console()
+    console.print(result["machine"], highlight=False)
+    seconds = result["seconds"]
+    for part, base in (("features", "features/stored"), ("step", "step/stored")):
+        table = Table(part, "ms / image", f"× {base}", title=f"demo size, batch of {result['batch']}")
+        for name, value in seconds.items():
+            if name.startswith(part):
+                table.add_row(name, f"{1e3 * value / result['batch']:.2f}", f"{value / seconds[base]:.2f}")
+        console.print(table)
+    console.print(f"loss with stored targets and with teachers online differs by {result['loss_gap']:.1e} (int8)")
+    if "full_size" in result:
+        columns = ("published teacher", "parameters", "target", "forward, s", "stored row, ms", "ratio")
+        table = Table(*columns, title="published size, one image")
+        for task, row in result["full_size"].items():
+            table.add_row(
+                task,
+                f"{row['parameters'] / 1e6:.0f} M",
+                f"{row['tokens']} × {row['width']}",
+                f"{row['teacher_s']:.2f}",
+                f"{1e3 * row['stored_s']:.2f}",
+                f"{row['teacher_s'] / row['stored_s']:,.0f}",
+            )
+        console.print(table)
