@@ -36,6 +36,9 @@ def main() -> int:
     args = parser.parse_args()
 
     config = load_pipeline(args.pipeline, args.overrides)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading weights; ours are enough
     if args.dry_run:
         from train.plan import plan
 

@@ -41,10 +41,11 @@ def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Opti
         OSError: the disk is full; the older checkpoints are untouched and nothing of this one is left.
     """
     final = folder / f"step-{step}"
-    if final.exists():
+    if _is_complete(final):
         return
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     sweep(folder)
+    shutil.rmtree(final, ignore_errors=True)  # torn
     temporary.mkdir(parents=True)
     try:
         _write(temporary / "model.safetensors", {name: p.detach() for name, p in parameters.items()})

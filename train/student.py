@@ -131,5 +131,8 @@ def prepare(model: OlaVlmForConditionalGeneration, stage: StageConfig, device: t
     if "vision_tower" not in stage.trainable:
         model.model.vision_tower.eval()
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        # Renamed within transformers 5; the old name warns where the new one exists.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     return trainable
