@@ -1,0 +1,178 @@
+"""One self-contained page about a run, from whatever stages are there: ``runs/<pipeline>/report.html``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+
+from featurize.inspect import pictures
+from olavlm import runs
+from olavlm.config import PipelineConfig, dump
+from olavlm.data.atomic import replace
+from olavlm.data.images import decode_image
+from olavlm.errors import OlaError
+from olavlm.eval import cv_bench
+from pipelines import figures
+from pipelines.results import byte_size, duration, print_summary, read_json, read_lines, summary
+
+PICTURES = 6
+TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
+
+
+def report(config: PipelineConfig) -> Path:
+    """Write ``summary.json`` and ``report.html`` into the run's folder, print the summary, and return the page's path.
+
+    The page loads nothing: figures are inline SVG, images data URIs. A stage that has not run is said to be missing.
+
+    Raises:
+        OlaError: the run's folder is not there.
+    """
+    folder = Path(config.run_dir)
+    if not folder.is_dir():
+        raise OlaError(f"run_dir: no folder {folder}; run a stage of pipeline {config.name} first")
+    result = summary(config)
+    shown, pictures_missing = _pictures(config)
+    replies = _replies(config)
+    probe = read_json(runs.stage_dir(config, "probe") / "probe.json")
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            name=config.name,
+            result=result,
+            cards=list(_cards(config, result)),
+            verdict=_verdict(result),
+            pictures=shown,
+            pictures_missing=pictures_missing,
+            curves=list(_curves(config)),
+            probe=Markup(figures.probe_curves(probe, config.student.layers)) if probe.get("floor") else None,
+            probe_held_out=probe.get("held_out"),
+            scores=Markup(figures.score_dots(result["scores"], result["baselines"], cv_bench.ROWS))
+            if result["scores"]
+            else None,
+            score_rows=[row for row in (*cv_bench.ROWS, *cv_bench.SOURCES) if result["scores"].get(row)],
+            replies=replies,
+            config=dump(config),
+        )
+    )
+    path = folder / "report.html"
+    replace(path, page.encode())
+    print_summary(result)
+    Console().print(f"report: {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": byte_size,
+        "duration": duration,
+        "count": lambda number: f"{number:,}",
+        "percent": lambda share: f"{100 * share:.1f}",
+        "picture": figures.picture,
+    }
+    return environment
+
+
+def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The numbers one looks at first, as far as they are known: value, label, and what to compare it with."""
+    if targets := result["targets"]:
+        failed = f", {targets['failed']:,} failed" if targets["failed"] else ", none failed"
+        yield {"value": f"{targets['images']:,}", "label": "images featurized", "note": f"once{failed}"}
+        yield {"value": f"{targets['images_per_s']:,.1f}", "label": "images/s", "note": "all teachers together"}
+        size, full = (sum(targets[key].values()) for key in ("bytes_per_image", "float16_bytes_per_image"))
+        note = f"{full / size:.1f}× smaller than 16 bit; {byte_size(targets['bytes'])} in all"
+        yield {"value": byte_size(size), "label": "stored per image", "note": note}
+    for task, probe in result["probe"].items():
+        (first, before), *rest = probe["students"].items()
+        if rest:
+            name, after = max(rest, key=lambda student: student[1])
+            note = f"held-out cosine over all layers, {first} → {name}; mean target {probe['floor']:.2f}"
+            yield {"value": f"{before:.2f} → {after:.2f}", "label": f"{task} probe", "note": note}
+    for name in ("overall", "micro"):
+        if cell := result["scores"].get(name):
+            others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in result["baselines"].items() if name in rows)
+            note = f"± {cell['stderr']:.1%} s.e., n = {cell['n']:,}; {others}"
+            yield {"value": f"{cell['accuracy']:.1%}", "label": f"CV-Bench {name}", "note": note}
+            break
+    if done := [stage for stage in result["stages"].values() if stage]:
+        peak = max(stage["peak_memory_gib"] for stage in done)
+        note = f"{len(done)} of {len(result['stages'])} stages; peak memory {peak:.1f} GiB"
+        yield {"value": duration(sum(stage["seconds"] for stage in done)), "label": "computing time", "note": note}
+
+
+def _verdict(result: dict[str, Any]) -> str | None:
+    """What the scores prove about looking at the picture: the student against the best guesser that does not look."""
+    cell = result["scores"].get("overall") or result["scores"].get("micro")
+    row = "overall" if result["scores"].get("overall") else "micro"
+    known = {name: rows[row] for name, rows in result["baselines"].items() if row in rows}
+    if not cell or not known:
+        return None
+    name, best = max(known.items(), key=lambda baseline: baseline[1])
+    errors = (cell["accuracy"] - best) / cell["stderr"] if cell["stderr"] else 0.0
+    said = (
+        f"CV-Bench {row}: {cell['accuracy']:.1%} against {best:.1%} of the best baseline without the picture ({name}), "
+        f"{abs(errors):.1f} standard errors {'above' if errors >= 0 else 'below'} it."
+    )
+    if errors < 2:
+        return said + " This run does not show that the student looks at the picture."
+    return said + " One run of one seed: a comparison between students needs several."
+
+
+def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:
+    """Images beside what is stored about them, or why there are none."""
+    data = next((name for name, entry in config.data.items() if entry.targets), None)
+    if data is None:
+        return [], "no data of this pipeline has targets"
+    try:
+        return pictures(config, data, PICTURES), ""
+    except OlaError as error:
+        return [], str(error)
+
+
+def _curves(config: PipelineConfig) -> Iterator[dict[str, Any]]:
+    """The loss figures of every training stage that has logged steps."""
+    for stage in config.stages:
+        lines = read_lines(runs.stage_dir(config, stage) / "metrics.jsonl")
+        if lines:
+            parts = figures.embedding_losses(lines, f"{TITLES[stage]}, embedding losses")
+            yield {
+                "title": TITLES[stage],
+                "steps": lines[-1]["step"],
+                "text": Markup(figures.text_losses(lines, TITLES[stage])),
+                "parts": parts and Markup(parts),
+            }
+
+
+def _replies(config: PipelineConfig) -> list[dict[str, Any]]:
+    """A few raw replies: of every task the first right and the first wrong one, and the first nobody can read."""
+    lines = [
+        line for line in read_lines(runs.stage_dir(config, "evaluate") / "replies.jsonl") if "parsed" in line
+    ]  # an evaluation still at work has not read its replies yet
+    chosen: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        line["right"] = line["parsed"] == line["answer"]
+        chosen.setdefault(f"{line['task']} {line['right']}", line)
+        if line["parsed"] is None:
+            chosen.setdefault("unanswered", line)
+    images: dict[str, bytes] = {}
+    if chosen and config.eval:
+        try:
+            images = {question.id: question.image for question in cv_bench.load(config.eval.cv_bench)}
+        except OlaError:
+            images = {}  # the benchmark's folder is gone; the replies are not
+    unique = {line["id"]: line for line in chosen.values()}
+    ordered = sorted(unique.values(), key=lambda line: (cv_bench.TASKS.index(line["task"]), not line["right"]))
+    return [
+        line | {"image": figures.picture(decode_image(images[line["id"]])) if line["id"] in images else None}
+        for line in ordered
+    ]

@@ -1,0 +1,161 @@
+"""What a run's folder tells: every stage's numbers in one place. Stages that are not there are simply absent."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from olavlm import runs
+from olavlm.config import PipelineConfig
+from olavlm.data.atomic import replace
+
+PACKAGES = ("olavlm", "torch", "transformers", "zarr", "pyarrow", "numpy", "pillow", "ray")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a stage's file, {} while the stage has not written it."""
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``.jsonl``, without one that a running stage has only half written; [] if there is no file."""
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def summary(config: PipelineConfig) -> dict[str, Any]:
+    """Everything a person asks of a run, in numbers; written to ``runs/<pipeline>/summary.json``.
+
+    Returns:
+        ``stages`` (by stage: what its done.json says, {} for one that has not finished), ``corpora``, ``targets``
+        (featurization's summary, and float16_bytes_per_image by task), ``probe`` (by task: floor, and mean cosine over
+        the layers by student), ``scores`` and ``baselines`` (by row), ``provenance``. What is not known is {}.
+    """
+    folders = {stage: runs.stage_dir(config, stage) for stage in runs.stages_of(config)}
+    stages = {stage: runs.finished(folder) or {} for stage, folder in folders.items()}
+    evaluated = read_json(runs.stage_dir(config, "evaluate") / "scores.json")
+    result = {
+        "pipeline": config.name,
+        "stages": stages,
+        "corpora": stages["corpus"].get("corpora", {}),
+        "targets": _targets(config),
+        "probe": _probe(read_json(runs.stage_dir(config, "probe") / "probe.json")),
+        "scores": evaluated.get("scores", {}),
+        "baselines": evaluated.get("baselines", {}),
+        "provenance": provenance(),
+    }
+    replace(Path(config.run_dir) / "summary.json", json.dumps(result, indent=2).encode())
+    return result
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    """The summary as a table on the terminal."""
+    table = Table("", "", title=f"{result['pipeline']}: summary", show_header=False)
+    if targets := result["targets"]:
+        failed = f", {targets['failed']:,} failed" if targets["failed"] else ""
+        table.add_row("featurized", f"{targets['images']:,} images{failed}; {targets['images_per_s']:,.1f} images/s")
+        for task, size in targets["bytes_per_image"].items():
+            full = targets["float16_bytes_per_image"][task]
+            table.add_row(f"  {task}", f"{byte_size(size)} per image, {size / full:.2f} of 16 bit")
+        table.add_row("  target stores", byte_size(targets["bytes"]))
+    for stage, done in result["stages"].items():
+        table.add_row(
+            stage, f"{done['seconds']:,.0f} s, {done['peak_memory_gib']:.1f} GiB" if done else "[dim]not finished[/dim]"
+        )
+    for task, probe in result["probe"].items():
+        cosines = ", ".join(f"{student} {cosine:.3f}" for student, cosine in probe["students"].items())
+        table.add_row(f"probe {task}", f"{cosines} (mean target {probe['floor']:.3f})")
+    for name, cell in result["scores"].items():
+        if cell and name in next(iter(result["baselines"].values()), {}):
+            others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in result["baselines"].items() if name in rows)
+            table.add_row(
+                f"CV-Bench {name}", f"{cell['accuracy']:.1%} ± {cell['stderr']:.1%}, n = {cell['n']:,} ({others})"
+            )
+    Console().print(table)
+
+
+def provenance() -> dict[str, Any]:
+    """The commit, package versions and machine that this process runs on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{_processor()}, {os.cpu_count()} threads, {memory:.0f} GiB"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return {"commit": _commit(), "versions": versions, "machine": machine, "system": platform.platform()}
+
+
+def byte_size(count: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _targets(config: PipelineConfig) -> dict[str, Any]:
+    """Featurization's own summary, and what a value in 16 bit would take."""
+    found = read_json(runs.stage_dir(config, "featurize") / "summary.json")
+    if found:
+        found["float16_bytes_per_image"] = {
+            task: 2 * teacher.tokens * teacher.width for task, teacher in config.teachers.items()
+        }
+    return found
+
+
+def _probe(probe: dict[str, Any]) -> dict[str, Any]:
+    """By task: the floor, and each student's mean cosine over its layers."""
+    students = probe.get("students", {})
+    return {
+        task: {
+            "floor": floor,
+            "students": {name: fmean(tasks[task].values()) for name, tasks in students.items() if tasks.get(task)},
+        }
+        for task, floor in probe.get("floor", {}).items()
+    }
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with ``+`` behind it if tracked files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

@@ -1,0 +1,187 @@
+"""The report: self-contained, complete where stages have run, and honest where they have not."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from olavlm.config import PipelineConfig
+from olavlm.errors import OlaError
+from pipelines import report as report_module
+from pipelines.figures import picture
+from pipelines.report import report
+from pipelines.results import byte_size, duration, read_lines, summary
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """A strict reader: every element closed in order, ids unique, references inside the page only."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.labels: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in found:
+            self.ids.append(str(found["id"]))
+        for name in ("href", "src", "xlink:href", "action", "srcset"):
+            if name in found:
+                self.links.append(str(found[name]))
+        if tag == "img":
+            self.images.append(found)
+        if tag == "svg":
+            self.labels.append(str(found["aria-label"]))
+        assert tag not in {"script", "link", "iframe", "object"}
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def with_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for teachers and target store, which have tests of their own."""
+
+    def pictures(config: PipelineConfig, data: str, n: int) -> list[dict[str, Any]]:
+        rng = np.random.default_rng(0)
+        names = ("image", "depth", "depth features", "gen nearest")
+        return [
+            {"key": f"k{i}", **{name: rng.integers(0, 255, (16, 16, 3), dtype=np.uint8) for name in names}}
+            for i in range(3)
+        ]
+
+    monkeypatch.setattr(report_module, "pictures", pictures)
+
+
+@pytest.mark.usefixtures("with_pictures")
+def test_a_finished_run(config: PipelineConfig, finished_run: Path) -> None:
+    path = report(config)
+    text = path.read_text()
+    assert path == finished_run / "report.html"
+    assert "http://" not in text
+    assert "https://" not in text
+    assert not re.search(r"@import|url\((?!#)", text)
+    page = Page(text)
+    assert all(link.startswith(("#", "data:image/")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(image["alt"] for image in page.images)
+    assert len(page.images) >= 3 * 4 + 4  # pictures, and the images of the replies
+    assert len(page.labels) == 5  # two stages' losses, the parts of one, probes, scores
+    assert any("depth, pretrain: 0.71 0.78 0.77 0.71" in label for label in page.labels)
+    assert "not finished" not in page.text
+    assert "mean target 0.50" in page.text
+    assert "0.60 → 0.74" in page.text  # the depth probe before and after
+    assert "no idea" in page.text
+    assert "How many <b>chairs</b> & tables?" in page.text  # escaped, shown as it is
+    assert "2 images have no target" in page.text
+    assert "This run does not show that the student looks at the picture." in page.text
+    assert "global_batch: 4" in page.text
+
+
+@pytest.mark.usefixtures("finished_run")
+def test_the_same_run_gives_the_same_page(config: PipelineConfig) -> None:
+    assert report(config).read_bytes() == report(config).read_bytes()
+
+
+def test_missing_stages_are_said_to_be_missing(config: PipelineConfig, tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match=r"no folder .*run; run a stage of pipeline small first"):
+        report(config)
+    (tmp_path / "run").mkdir()
+    page = Page(report(config).read_text())
+    for words in (
+        "No stage of this run has finished yet",
+        "Stage featurize has not finished",
+        "No pictures: ",
+        "No training stage has logged a step yet",
+        "Stage probe has not finished",
+        "Stage evaluate has not finished",
+        "No replies yet",
+    ):
+        assert words in page.text
+    assert page.text.count("not finished") >= 6
+
+
+def test_stages_at_work_are_shown_as_far_as_they_are(config: PipelineConfig, finished_run: Path) -> None:
+    (finished_run / "pretrain" / "done.json").unlink()
+    (finished_run / "finetune" / "metrics.jsonl").unlink()
+    with (finished_run / "pretrain" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 121, "los')  # half a line
+    (finished_run / "evaluate" / "scores.json").unlink()
+    (finished_run / "evaluate" / "replies.jsonl").write_text('{"id": "2D/0", "prompt": "?", "reply": "(A)"}\n')
+    (finished_run / "probe" / "probe.json").write_text('{"students": {}, "floor": {}}')
+    page = Page(report(config).read_text())
+    assert "Pretraining, 120 steps" in page.text
+    assert "Fine-tuning," not in page.text
+    assert "No replies yet" in page.text
+
+
+def test_replies_outlive_their_images(config: PipelineConfig, finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "cv_bench" / "test_2d.parquet").unlink()
+    page = Page(report(config).read_text())
+    assert "image not there" in page.text
+    assert "no idea" in page.text
+
+
+@pytest.mark.usefixtures("finished_run")
+def test_summary_by_hand(config: PipelineConfig, tmp_path: Path) -> None:
+    result = summary(config)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == result
+    assert result["targets"]["images"] == 1000
+    assert result["targets"]["float16_bytes_per_image"] == {"depth": 2 * 64 * 96, "gen": 2 * 96}
+    assert result["probe"]["depth"]["floor"] == 0.5
+    assert result["probe"]["depth"]["students"]["initial"] == pytest.approx((0.61 + 0.61 + 0.59 + 0.60) / 4)
+    assert list(result["stages"]) == ["corpus", "featurize", "pretrain", "finetune", "probe", "evaluate"]
+    assert result["stages"]["pretrain"]["samples_per_s"] == 11.5
+    assert result["scores"]["micro"]["n"] == 24
+    assert result["baselines"]["blind"]["overall"] == 0.5
+    assert {"python", "torch", "transformers"} <= result["provenance"]["versions"].keys()
+
+
+def test_pictures_are_never_larger_than_needed() -> None:
+    flat = np.full((900, 1200, 3), 200, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8)
+    assert picture(flat).startswith("data:image/png;base64,")
+    assert picture(noise).startswith("data:image/jpeg;base64,")
+    assert picture(noise[:64, :64]).startswith("data:image/png;base64,")
+
+
+@given(st.floats(0, 1e15))
+def test_sizes_are_short(count: float) -> None:
+    assert len(byte_size(count)) <= 11
+
+
+def test_numbers_for_people(tmp_path: Path) -> None:
+    assert [byte_size(n) for n in (0, 999, 1000, 6400, 2.951e6, 1.65e12)] == [
+        "0 B", "999 B", "1 kB", "6.4 kB", "2.95 MB", "1.65 TB",
+    ]  # fmt: skip
+    assert [duration(s) for s in (0.4, 59, 60, 3599, 3600, 90_000)] == [
+        "0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min", "25 h 0 min",
+    ]  # fmt: skip
+    assert read_lines(tmp_path / "nothing.jsonl") == []
