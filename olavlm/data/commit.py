@@ -109,16 +109,25 @@ class TarWriter:
             target: the set.
             tar: the tar.
             first_block: its first block, from `first_blocks`.
+
+        Raises:
+            OlaError: it was committed when it had another content.
         """
         lease = Lease.acquire(target.path / "leases", tar.name)
         if lease is None:
             return None
         # In this order: a writer we took over from can no longer commit once its temporary file is gone.
         sweep(target.commit_file(tar))
-        if target.commit(tar) is not None:
-            lease.release()
-            return None
-        return cls(target, tar, first_block, lease)
+        file = target.commit_file(tar)
+        if not file.exists():
+            return cls(target, tar, first_block, lease)
+        lease.release()
+        if target.commit(tar) is None:
+            raise OlaError(
+                f"{file}: this tar was committed when its content was another one than the corpus now says ({tar.hash}); "
+                "a changed tar needs a corpus and a store of its own"
+            )
+        return None
 
     def __enter__(self) -> "TarWriter":
         return self
@@ -165,7 +174,6 @@ class TarWriter:
 
         Raises:
             LeaseLost: another writer has the tar now.
-            OlaError: a commit is there already, of another content of the tar.
         """
         if self._values:
             self._publish_block()
@@ -175,13 +183,7 @@ class TarWriter:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         file = self._target.commit_file(self._tar)
-        try:
-            self._fenced(publish, file, buffer.getvalue())
-        except FileExistsError:
-            raise OlaError(
-                f"{file}: this tar was committed when its content was another one than the corpus now says "
-                f"({self._tar.hash}); a changed tar needs a corpus and a store of its own"
-            ) from None
+        self._fenced(publish, file, buffer.getvalue())
 
     def _row(
         self, key: str, image_index: int, image_hash: str | None, status: str, reason: str | None

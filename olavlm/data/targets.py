@@ -296,7 +296,7 @@ class TargetSet:
             raise OlaError(f"{file}: missing, though the target of sample {key!r} is committed in it") from None
         if len(data) != count:
             raise OlaError(
-                f"{file}: cut short: the target of sample {key!r} is at {offset}+{count}, found {len(data)} bytes"
+                f"{file}: cut short: of sample {key!r} at byte {offset}, {len(data)} of {count} bytes are there"
             )
         return data
 
