@@ -79,10 +79,15 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what no checkpoint provides: task tokens N(0, 1), logit scales 2, predictors by fan-in."""
-        super()._init_weights(module)  # type: ignore[no-untyped-call]
-        if isinstance(module, EmbeddingPredictor | TaskTokens | LogitScales):
-            module.reset_parameters()
+        """Initialise what no checkpoint provides: task tokens N(0, 1), logit scales 2, predictors by fan-in.
+
+        Called for every module outside `self.model`, children first; transformers guards what has been loaded.
+        """
+        ours = isinstance(module, EmbeddingPredictor | TaskTokens | LogitScales | nn.Linear | nn.LayerNorm)
+        if ours and module is not self.lm_head:
+            module.reset_parameters()  # type: ignore[operator]
+        else:
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
 
     def inserted_tokens(self) -> Tensor:
         """The embeddings inserted behind every image, all tasks in order: (sum of task_tokens, hidden)."""

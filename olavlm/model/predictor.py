@@ -95,4 +95,4 @@ def _mlp(width: int) -> nn.Sequential:
 
 def _heads(x: Tensor) -> Tensor:
     """(n, L, k · 128) → (n, k · 4, L, 32)."""
-    return x.view(*x.shape[:-1], -1, HEAD_DIM).transpose(1, 2)
+    return x.view(*x.shape[:-1], x.shape[-1] // HEAD_DIM, HEAD_DIM).transpose(1, 2)
