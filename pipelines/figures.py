@@ -68,7 +68,7 @@ def text_losses(lines: Sequence[Mapping[str, float]], title: str) -> str:
 
 def embedding_losses(lines: Sequence[Mapping[str, float]], title: str) -> str | None:
     """A panel per task and term (keys ``task/layer/term``), a line per layer; None if the stage has no such losses."""
-    keys = sorted({key for line in lines for key in line if key.count("/") == 2}, key=_natural)
+    keys = [key for key in dict.fromkeys(key for line in lines for key in line) if key.count("/") == 2]
     if not keys:
         return None
     parts = [key.split("/") for key in keys]
@@ -140,7 +140,8 @@ def score_dots(scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, f
             label="student ± 2 s.e.",
         )
         axes.set_yticks(range(len(shown)), shown)
-        axes.set(xlabel="accuracy in %", ylim=(-0.6, len(shown) - 0.4))
+        left, right = axes.get_xlim()
+        axes.set(xlabel="accuracy in %", xlim=(max(left, 0), min(right, 100)), ylim=(-0.6, len(shown) - 0.4))
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=1 + len(baselines))
         said = "; ".join(f"{row} {scores[row]['accuracy']:.1%}" for row in shown[::-1])
@@ -171,11 +172,6 @@ def _ends(lines: Sequence[Mapping[str, float]], curves: Mapping[str, str]) -> st
         if values:
             said.append(f"{label} from {values[0]:.3g} to {values[-1]:.3g}")
     return "; ".join(said)
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 9 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in key.split("/")]
 
 
 def _style(salt: str) -> Any:

@@ -118,14 +118,13 @@ def _verdict(result: dict[str, Any]) -> str | None:
     if not cell or not known:
         return None
     name, best = max(known.items(), key=lambda baseline: baseline[1])
-    errors = (cell["accuracy"] - best) / cell["stderr"] if cell["stderr"] else 0.0
     said = (
-        f"CV-Bench {row}: {cell['accuracy']:.1%} against {best:.1%} of the best baseline without the picture ({name}), "
-        f"{abs(errors):.1f} standard errors {'above' if errors >= 0 else 'below'} it."
+        f"CV-Bench {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error), against {best:.1%} of {name}, "
+        "the best baseline that sees no picture."
     )
-    if errors < 2:
+    if cell["accuracy"] - best < 2 * cell["stderr"] or cell["accuracy"] <= best:
         return said + " This run does not show that the student looks at the picture."
-    return said + " One run of one seed: a comparison between students needs several."
+    return said + " One run of one seed: comparing students takes several."
 
 
 def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from string import ascii_uppercase
 from typing import Any
 
@@ -151,7 +152,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str | None]) -> d
 
 
 def expected(questions: Sequence[Question], right: Mapping[str, float]) -> dict[str, float]:
-    """What a guesser is expected to score, by the names of `ROWS`; rows without questions are left out.
+    """What a guesser is expected to score, by the names of `score`; what has no questions is left out.
 
     Args:
         questions: what is asked.
@@ -160,9 +161,10 @@ def expected(questions: Sequence[Question], right: Mapping[str, float]) -> dict[
 
     def mean(group: Iterable[Question]) -> float | None:
         chances = [right[question.id] for question in group]
-        return sum(chances) / len(chances) if chances else None
+        return fmean(chances) if chances else None
 
-    ade, coco, three = (mean(q for q in questions if q.source == source) for source in SOURCES)
+    sources = {source: mean(q for q in questions if q.source == source) for source in SOURCES}
+    ade, coco, three = sources.values()
     two = None if ade is None or coco is None else (ade + coco) / 2
     rows = {
         "overall": None if two is None or three is None else (two + three) / 2,
@@ -170,6 +172,7 @@ def expected(questions: Sequence[Question], right: Mapping[str, float]) -> dict[
         "3D": three,
         "micro": mean(questions),
         **{task: mean(q for q in questions if q.task == task) for task in TASKS},
+        **sources,
     }
     return {name: value for name, value in rows.items() if value is not None}
 

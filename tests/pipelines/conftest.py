@@ -30,7 +30,7 @@ student:
   tasks: [depth, gen]
   layers: {{depth: [2, 3], gen: [4]}}
 stages:
-  pretrain: {{data: [pretrain], trainable: [projector], losses: {{depth: 0.5}}, lr: 0.01, global_batch: 4, micro_batch: 4}}
+  pretrain: {{data: [pretrain], trainable: [projector], losses: {{depth: 1}}, lr: 0.1, global_batch: 4, micro_batch: 4}}
   finetune: {{init: pretrain, data: [pretrain], trainable: [projector], lr: 0.01, global_batch: 4, micro_batch: 4}}
 probe: {{data: pretrain, students: [initial, pretrain], tasks: [depth, gen]}}
 eval: {{cv_bench: {0}/cv_bench, student: finetune, batch: 4, max_new_tokens: 5}}

@@ -34,8 +34,8 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture
-def ask(student: tuple[Any, Any]) -> Any:
-    model, processor = student
+def ask(tiny_student: tuple[Any, Any]) -> Any:
+    model, processor = tiny_student
 
     def ask(requests: list[Request], file: Path, batch: int = 3, **kwargs: Any) -> list[dict[str, Any]]:
         return generate_replies(model, processor, requests, file, batch=batch, max_new_tokens=5, **kwargs)

@@ -28,7 +28,7 @@ TASKS = [{"name": "gen", "kind": "pooled", "queries": 1, "width": 8, "layers": [
 
 
 @pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Model and processor: 16 image tokens, 2 layers, word-level vocabulary."""
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("student")

@@ -1,0 +1,78 @@
+"""The evaluate stage from an exported student to its scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olavlm.config import PipelineConfig
+from olavlm.errors import OlaError
+from pipelines import evaluate as stage
+from pipelines.evaluate import evaluate
+from pipelines.report import report
+
+
+@pytest.fixture
+def student(config: PipelineConfig, tiny_student: tuple[Any, Any]) -> Path:
+    """An exported model where fine-tuning would have left it."""
+    torch.set_num_threads(1)
+    folder = Path(config.run_dir) / "finetune" / "model"
+    for part in tiny_student:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("student")
+def test_replies_scores_and_baselines(
+    config: PipelineConfig, benchmark: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(config)
+    folder = Path(config.run_dir) / "evaluate"
+    lines = [json.loads(line) for line in (folder / "replies.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"{row['type']}/{row['idx']}" for row in benchmark]
+    assert all(line["prompt"].endswith("answer (A).") and line["parser_version"] == 1 for line in lines)
+    result = json.loads((folder / "scores.json").read_text())
+    right = sum(line["parsed"] == line["answer"] for line in lines)
+    assert result["scores"]["micro"]["accuracy"] == right / 24
+    assert result["baselines"]["chance"]["Count"] == pytest.approx(1 / 2)
+    assert result["baselines"]["chance"]["Relation"] == pytest.approx(1 / 3)
+    assert result["baselines"]["blind"]["Depth"] == pytest.approx(0.55)
+    assert result["baselines"]["blind"]["3D"] == pytest.approx((0.55 + 0.5) / 2)
+    assert json.loads((folder / "done.json").read_text())["questions"] == 24
+    assert "overall" in capsys.readouterr().out
+    assert "Raw replies" in report(config).read_text()
+
+
+@pytest.mark.usefixtures("student", "benchmark")
+def test_resumed_and_finished(config: PipelineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(config)
+    folder = Path(config.run_dir) / "evaluate"
+    files = {name: (folder / name).read_bytes() for name in ("replies.jsonl", "scores.json")}
+    (folder / "done.json").unlink()
+    (folder / "scores.json").unlink()
+    (folder / "replies.jsonl").write_bytes(files["replies.jsonl"][: len(files["replies.jsonl"]) // 2])
+    evaluate(config)
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    monkeypatch.setattr(stage, "generate_replies", None)  # a finished stage asks nothing
+    evaluate(config)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_what_is_missing_is_named(config: PipelineConfig, student: Path, tmp_path: Path) -> None:
+    (student / "config.json").unlink()
+    with pytest.raises(OlaError, match=r"eval\.student: 'finetune' has no model in .*train it first \(make finetune\)"):
+        evaluate(config)
+    (tmp_path / "cv_bench" / "test_3d.parquet").unlink()
+    with pytest.raises(OlaError, match=r"test_3d\.parquet: no such file"):
+        evaluate(config)
+    with pytest.raises(OlaError, match="no `eval` section"):
+        evaluate(config.model_copy(update={"eval": None}))
+
+
+@pytest.mark.usefixtures("student", "benchmark")
+def test_baselines_must_cover_every_task(config: PipelineConfig, tmp_path: Path) -> None:
+    (tmp_path / "cv_bench" / "baselines.json").write_text('{"blind": {"Count": 0.5}}')
+    with pytest.raises(OlaError, match=r"baselines\.json: blind: no accuracy for Depth, Distance, Relation"):
+        evaluate(config)
