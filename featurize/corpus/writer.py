@@ -117,8 +117,10 @@ class CorpusWriter:
 
     def _take_up(self, finished: set[str]) -> list[Tar]:
         """This job's pending tars; what a killed run left otherwise is removed."""
-        for leftover in (self.out / "tars").glob(".*.tar.*.tmp"):
-            leftover.unlink()
+        for pattern in (".*.jsonl.*-*.tmp", ".*.parquet.*-*.tmp", "index/.*.parquet.*-*.tmp", "tars/.*.tar.*-*.tmp"):
+            for leftover in self.out.glob(pattern):
+                leftover.unlink()
+        atomic.sweep(self.out / "corpus.json")
         if not self._pending.exists():
             return []
         table = read_parquet(self._pending, TARS_SCHEMA)
@@ -150,13 +152,13 @@ class TarBuilder:
         self._out = out
         self._path = out / packed_path(name)
         self._path.parent.mkdir(exist_ok=True)
-        self._temporary = self._path.parent / f".{self._path.name}.{os.getpid()}.tmp"
+        self._temporary = self._path.parent / f".{self._path.name}.{os.getpid()}-{self.name}.tmp"
         self._rows: list[dict[str, Any]] = []
         self._file = open(self._temporary, "xb")  # noqa: SIM115 – closed by publish or discard
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def add(self, key: str, images: list[tuple[str, bytes, ImageFacts]], text: bytes, length: int) -> None:
-        """Append a sample: images (extension, encoded bytes, facts), then the JSON; `length`: characters of its turns."""
+        """Append a sample: images (extension, encoded bytes, facts), then JSON; `length`: characters of its turns."""
         described = []
         for i, (extension, data, facts) in enumerate(images):
             name = f"{key}.{i}.{extension}" if len(images) > 1 else f"{key}.{extension}"

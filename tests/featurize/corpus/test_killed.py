@@ -1,0 +1,140 @@
+"""A pack or an adoption that is killed anywhere never looks finished, and a rerun gives what an unbroken run gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from featurize.corpus import adopt, pack_llava_json
+from olavlm.data.corpus import Corpus
+from olavlm.errors import OlaError
+
+REPOSITORY = Path(__file__).parents[3]
+
+# One process that forks: each child packs into a folder of its own and kills itself before its n-th rename.
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from featurize.corpus import adopt, pack_llava_json
+
+def run(out):
+    if kind == "pack":
+        pack_llava_json(Path(json_file), [Path(images)], out, 3, threads=1)
+    else:
+        adopt([Path(tar) for tar in tars], out, threads=1)
+
+def counting(real, deadly):
+    def call(*args, **options):
+        global calls
+        if (calls := calls + 1) == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **options)
+    return call
+
+folder, kind, json_file, images, *tars = sys.argv[1:]
+calls, deadly = 0, 0
+while True:
+    deadly += 1
+    child = os.fork()
+    if not child:
+        os.replace = counting(os.replace, deadly)
+        run(Path(folder, f"killed{deadly}"))
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+print(deadly - 1)
+"""
+
+
+@pytest.fixture
+def killed_runs(source, tmp_path):
+    """Runs a kind of job, killed at each of its points in turn; returns their folders."""
+
+    def run(kind, *tars):
+        source.write()
+        command = [sys.executable, "-c", KILLER, tmp_path, kind, source.json, source.images, *tars]
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return [tmp_path / f"killed{i}" for i in range(1, int(result.stdout) + 1)]
+
+    return run
+
+
+@pytest.fixture
+def rich_source(source):
+    """Two tars and a bit of everything the lists hold."""
+    source.add_many(range(4))
+    source.add("s0", "1.jpg")
+    source.add("gone", "gone.jpg")
+    return source
+
+
+def looks_unfinished(out):
+    with pytest.raises(OlaError, match="no corpus in"):
+        Corpus.open(out)
+
+
+def test_a_killed_pack_resumes_to_the_same_bytes(rich_source, tmp_path, contents, killed_runs):
+    killed = killed_runs("pack")
+    assert len(killed) > 8
+    pack_llava_json(rich_source.json, [rich_source.images], tmp_path / "unbroken", 3)
+    expected = contents(tmp_path / "unbroken")
+    resumed = 0
+    for out in killed:
+        if not (out / "corpus.json").exists():
+            looks_unfinished(out)
+        calls = []
+        report = pack_llava_json(rich_source.json, [rich_source.images], out, 3, lambda *call, c=calls: c.append(call))
+        resumed += len(calls) < 5
+        assert contents(out) == expected
+        assert len(report.left_out) == 1
+        assert len(report.renamed) == 1
+    assert resumed >= 3, "no rerun took up the tar that was packed"
+
+
+def test_another_job_drops_what_a_killed_one_left(rich_source, tmp_path, contents, killed_runs):
+    killed = killed_runs("pack")
+    rich_source.add_many(range(10, 17))
+    rich_source.write()
+    pack_llava_json(rich_source.json, [rich_source.images], tmp_path / "unbroken", 2)
+    for out in killed:
+        if (out / "corpus.json").exists():
+            continue
+        pack_llava_json(rich_source.json, [rich_source.images], out, 2)
+        assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_a_killed_adoption_resumes_to_the_same_bytes(rich_source, tmp_path, contents, killed_runs):
+    pack_llava_json(rich_source.write(), [rich_source.images], tmp_path / "packed", 2)
+    tars = [tmp_path / "packed" / "tars" / f"{i:06d}.tar" for i in range(3)]
+    data = bytearray(tars[0].read_bytes())
+    data[512 + 2 : 512 + 300] = bytes(298)  # an image that cannot be decoded any more
+    tars[0].write_bytes(data)
+    expected_report = adopt(tars, tmp_path / "unbroken")
+    assert len(expected_report.left_out) == 1
+    for out in killed_runs("adopt", *tars):
+        if not (out / "corpus.json").exists():
+            looks_unfinished(out)
+        report = adopt(tars, out)
+        assert contents(out) == contents(tmp_path / "unbroken")
+        if report.tars:
+            assert report.left_out == expected_report.left_out
+
+
+def test_a_full_disk_leaves_the_corpus_as_it_was(source, tmp_path, contents, monkeypatch):
+    source.add_many(range(2))
+    out = tmp_path / "out"
+    pack_llava_json(source.write(), [source.images], out)
+    before = contents(out)
+    source.add_many(range(2, 4))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tarfile.TarFile.addfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack_llava_json(source.write(), [source.images], out)
+    assert contents(out) == before
+    monkeypatch.undo()
+    assert pack_llava_json(source.json, [source.images], out).samples == 2
