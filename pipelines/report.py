@@ -119,8 +119,8 @@ def _verdict(result: dict[str, Any]) -> str | None:
         return None
     name, best = max(known.items(), key=lambda baseline: baseline[1])
     said = (
-        f"CV-Bench {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error), against {best:.1%} of {name}, "
-        "the best baseline that sees no picture."
+        f"CV-Bench {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error). "
+        f"The best baseline that sees no picture, {name}: {best:.1%}."
     )
     if cell["accuracy"] - best < 2 * cell["stderr"] or cell["accuracy"] <= best:
         return said + " This run does not show that the student looks at the picture."
