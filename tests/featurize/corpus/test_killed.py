@@ -16,7 +16,12 @@ REPOSITORY = Path(__file__).parents[3]
 KILLER = """
 import os, signal, sys
 from pathlib import Path
+import pyarrow
+from PIL import Image
 from featurize.corpus import adopt, pack_llava_json
+
+Image.init()  # what is imported late, once for all children
+pyarrow.Table.from_pylist([{"a": 1}])
 
 def run(out):
     if kind == "pack":
