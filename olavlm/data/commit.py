@@ -124,7 +124,7 @@ class TarWriter:
         lease.release()
         if target.commit(tar) is None:
             raise OlaError(
-                f"{file}: this tar was committed when its content was another one than the corpus now says ({tar.hash}); "
+                f"{file}: this tar was committed when its content was another than the corpus now says ({tar.hash}); "
                 "a changed tar needs a corpus and a store of its own"
             )
         return None

@@ -312,7 +312,7 @@ def test_a_commit_of_another_content_of_the_tar_does_not_count(store: TargetStor
     _write(target, Tar(), 3)
     changed = Tar(hash="changed")
     assert target.commit(changed) is None
-    with pytest.raises(OlaError, match=r"its content was another one than the corpus now says \(changed\)"):
+    with pytest.raises(OlaError, match=r"its content was another than the corpus now says \(changed\)"):
         _write(target, changed, 3)
 
 
