@@ -181,7 +181,7 @@ def _load(key: str, weights: str, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise OlaError(
             f"{key}: cannot load {_where(weights)}: {reason}. Expected a folder in the hub's layout with safetensors, "
             f"or a hub id; to fetch one: hf download {weights if not Path(weights).exists() else '<hub id>'}"
