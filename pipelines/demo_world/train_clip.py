@@ -1,0 +1,127 @@
+"""Two CLIPs, trained apart from each other: the generation teacher's image encoder and the student's vision tower."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
+
+from pipelines.demo_world.language import caption
+from pipelines.demo_world.samples import SIZE, Samples, fit
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+WIDTH, TEXT_LENGTH = 96, 96
+PHRASINGS = 3  # captions per scene
+
+
+def build(tokenizer: PreTrainedTokenizerFast, patch: int) -> CLIPModel:
+    """An untrained CLIP, 4 layers of 96 over square patches, with a text side just big enough for the world's captions."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=SIZE,
+        patch_size=patch,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH)
+    return CLIPModel(config)
+
+
+def encode_captions(data: Samples, tokenizer: PreTrainedTokenizerFast, seed: int) -> Tensor:
+    """Captions as ids between BOS and EOS, int64 (PHRASINGS, n, TEXT_LENGTH)."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    texts = [f"<s>{caption(scene, rng)}</s>" for _ in range(PHRASINGS) for scene in data.scenes]
+    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    return ids.view(PHRASINGS, len(data.scenes), TEXT_LENGTH)
+
+
+class Captioner(nn.Module):
+    """A small decoder that must tell the caption from patch features; dropped after training.
+
+    The contrastive loss asks nothing of patch features; a language model that reads patches wants to find objects in them
+    (the same remedy as in CoCa, arXiv 2205.01917, and SigLIP 2, arXiv 2502.14786).
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, WIDTH)
+        self.places = nn.Parameter(torch.randn(TEXT_LENGTH, WIDTH) * 0.02)
+        layer = nn.TransformerDecoderLayer(WIDTH, 3, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 1, nn.LayerNorm(WIDTH))
+        nn.init.normal_(self.words.weight, std=0.02)
+
+    def forward(self, patches: Tensor, ids: Tensor, pad: int) -> Tensor:
+        """Mean next-word cross-entropy of ids (n, length) given patches (n, patches, 96)."""
+        read, told = ids[:, :-1], ids[:, 1:]
+        length = read.shape[1]
+        mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)
+        out = self.decoder(self.words(read) + self.places[:length], patches, tgt_mask=mask, tgt_is_causal=True)
+        return F.cross_entropy((out @ self.words.weight.T).flatten(0, 1), told.flatten(), ignore_index=pad)
+
+
+def train(
+    name: str,
+    data: Samples,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    patch: int,
+    captioning: bool,
+    batch: int = 128,
+    seed: int = 0,
+) -> tuple[CLIPModel, float]:
+    """Train from scratch, contrastively and, if asked, by captioning from the last layer but one; (model, seconds)."""
+    torch.manual_seed(seed)
+    model = build(tokenizer, patch).train()
+    captioner = Captioner(len(tokenizer)) if captioning else None
+    texts = encode_captions(data, tokenizer, seed)
+    pad = tokenizer.pad_token_id
+
+    def loss(rows: NDArray[np.int64]) -> Tensor:
+        ids = texts[int(rows[0]) % PHRASINGS, rows]
+        ids = ids[:, : int((ids != pad).sum(1).max())]
+        seen = model.vision_model(data.pixels(rows, MEAN, STD), output_hidden_states=captioning)
+        read = model.text_model(input_ids=ids, attention_mask=(ids != pad).long())
+        images = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
+        words = F.normalize(model.text_projection(read.pooler_output), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=100) * images @ words.T
+        own = torch.arange(len(rows))
+        total = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        if captioner:
+            total = total + captioner(seen.hidden_states[-2][:, 1:], ids, pad)
+        return total
+
+    parameters = [*model.parameters(), *(captioner.parameters() if captioner else ())]
+    seconds = fit(name, parameters, loss, len(data.images), batch, steps, lr=1e-3, seed=seed)
+    return model.eval(), seconds
+
+
+@torch.no_grad()
+def recall(model: CLIPModel, data: Samples, tokenizer: PreTrainedTokenizerFast, among: int = 256) -> float:
+    """Gate: share of images whose own caption is the most similar of `among`, over all full groups of `data`."""
+    texts = encode_captions(data, tokenizer, seed=1)[0]
+    right = []
+    for start in range(0, len(data.images) - among + 1, among):
+        rows = np.arange(start, start + among)
+        ids = texts[rows]
+        images = model.get_image_features(pixel_values=data.pixels(rows, MEAN, STD)).pooler_output
+        words = model.get_text_features(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).pooler_output
+        best = (F.normalize(images, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1)
+        right.append((best == torch.arange(among)).float().mean())
+    return float(torch.stack(right).mean())
