@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.errors import OlaError
+from olavlm.provenance import provenance
 
 #: Stage keys that change how fast a stage runs, not what it computes.
 _SPEED = {"loader_threads", "log_every", "checkpoint_every", "keep"}
@@ -94,10 +95,10 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def finish(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Mark a stage as finished: its summary, its seconds (since `begin`) and this process's peak memory in GiB."""
+    """Mark a stage as finished: its summary, seconds since `begin`, peak memory of this process in GiB, provenance."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = time.monotonic() - _started[folder]
-    done = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak, 2), **summary}
+    done = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak, 2), **summary, "provenance": provenance()}
     replace(folder / "done.json", json.dumps(done, indent=2).encode())
 
 

@@ -8,8 +8,6 @@
 """
 
 import json
-import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -45,6 +43,7 @@ from olavlm.data.atomic import replace
 from olavlm.data.commit import TarWriter
 from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetStore
+from olavlm.provenance import provenance
 from pipelines import corpus as corpora
 from train import stage, student
 from train.distributed import World
@@ -67,23 +66,12 @@ def bench(full_size: bool) -> dict[str, Any]:
     config = load_pipeline("demo", ["run_dir=runs/bench", "eval=null", "featurize.executor=inprocess", *sizes])
     corpora.build(config)
     run_pipeline(config)
-    result: dict[str, Any] = {"machine": machine(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
+    result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
     if full_size:
         result["full_size"] = _full_size()
     replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())
     _print(result)
     return result
-
-
-def machine() -> str:
-    """Processor, cores and library versions: what a measured number must be read with."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{model}, {os.cpu_count()} cores, {device}, torch {torch.__version__}"
 
 
 class Online:

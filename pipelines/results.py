@@ -1,23 +1,17 @@
 """What a run's folder tells: every stage's numbers in one place. Stages that are not there are simply absent."""
 
 import json
-import os
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from olavlm import runs
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
-
-PACKAGES = ("olavlm", "torch", "transformers", "zarr", "pyarrow", "numpy", "pillow", "ray")
+from olavlm.provenance import provenance
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -82,21 +76,6 @@ def print_summary(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def provenance() -> dict[str, Any]:
-    """The commit, package versions and machine that this process runs on."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{_processor()}, {os.cpu_count()} threads, {memory:.0f} GiB"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return {"commit": _commit(), "versions": versions, "machine": machine, "system": platform.platform()}
-
-
 def byte_size(count: float) -> str:
     """A number of bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -134,28 +113,3 @@ def _probe(probe: dict[str, Any]) -> dict[str, Any]:
         }
         for task, floor in probe.get("floor", {}).items()
     }
-
-
-def _commit() -> str | None:
-    """The checked-out commit, with ``+`` behind it if tracked files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

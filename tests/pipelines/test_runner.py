@@ -84,7 +84,7 @@ def test_every_stage_of_every_pipeline_has_a_command():
 def test_summary_of_a_stage_is_plain_json(config, started):
     runner.run(config, "demo", [])
     done = json.loads((runs.stage_dir(config, "corpus") / "done.json").read_text())
-    assert set(done) == {"seconds", "peak_memory_gib"}
+    assert set(done) == {"seconds", "peak_memory_gib", "provenance"}
 
 
 def _script(folder, body):
