@@ -156,6 +156,8 @@ def _index(source: str, sample: _Sample) -> tuple[list[dict[str, Any]], list[Iss
     try:
         if sample.problem:
             raise ValueError(sample.problem)
+        if re.search("[\ud800-\udfff]", sample.key):  # what tarfile makes of bytes that are no UTF-8
+            raise ValueError("the member's name is not UTF-8")
         text = _text(sample, len(images))
     except ValueError as error:
         return [], [Issue(source, sample.key, f"{sample.key}.*", str(error))]

@@ -13,10 +13,13 @@ from featurize.corpus import samples as shared
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
 
+_PACK = "pack LLaVA JSON or captioned images into a corpus, or add what an existing one does not have yet"
+_ADOPT = "make a corpus of existing WebDataset tars, or add them to one; only the index is written"
+
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `pack` and `adopt`; the parsed arguments carry the function to call as `command`, which takes them."""
-    pack = commands.add_parser("pack", help="pack LLaVA JSON or captioned images into a corpus, or grow one")
+    pack = commands.add_parser("pack", help=_PACK, description=_PACK)
     source = pack.add_mutually_exclusive_group(required=True)
     source.add_argument("--llava-json", type=Path, metavar="FILE", help="list of {id, image, conversations}")
     source.add_argument("--captions", type=Path, metavar="DIR", help="images with a .txt caption beside each")
@@ -27,7 +30,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     pack.add_argument("--samples-per-tar", type=_positive, default=1000, metavar="N")
     pack.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that read and decode")
     pack.set_defaults(command=_pack, parser=pack)
-    tars = commands.add_parser("adopt", help="make a corpus of existing WebDataset tars, writing only its index")
+    tars = commands.add_parser("adopt", help=_ADOPT, description=_ADOPT)
     tars.add_argument("tars", type=Path, nargs="+", metavar="TAR")
     tars.add_argument("--out", type=Path, required=True, help="the corpus folder")
     tars.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that decode")
@@ -60,7 +63,8 @@ def print_report(report: shared.PackReport) -> None:
         if issues:
             console.print(f"{len(issues):,} {what}, all listed in {report.out / name}:", markup=False)
             for issue in issues[:5]:
-                console.print(f"  {issue.file}: {issue.reason}", markup=False)
+                line = f"  {issue.file}: {issue.reason}"
+                console.print(line.encode(errors="backslashreplace").decode(), markup=False)  # names may be no Unicode
 
 
 def _pack(args: argparse.Namespace) -> None:

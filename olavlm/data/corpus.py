@@ -4,6 +4,7 @@
     tars.parquet         one row per tar: name, path, content hash, bytes, samples, images
     index/<name>.parquet one row per image of the tar (one for a text-only sample)
     tars/<name>.tar      where packing puts its tars; adopted ones stay where they are
+    left_out.jsonl       what packing could not use, with file and reason; renamed.jsonl: whose id was taken
 
 `featurize.corpus` writes it. A corpus may grow: rows are appended to ``tars.parquet``, nothing else changes.
 """
@@ -239,11 +240,11 @@ def conversation(text_member: str, data: bytes) -> list[dict[str, str]]:
         sample = json.loads(text)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    return turns(sample)
+    return _turns(sample)
 
 
-def turns(sample: Any) -> list[dict[str, str]]:
-    """The checked turns of a LLaVA sample that is parsed already; see `conversation`."""
+def _turns(sample: Any) -> list[dict[str, str]]:
+    """The checked turns of a parsed LLaVA sample."""
     given = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(given, list):
         raise ValueError("no list of conversations")

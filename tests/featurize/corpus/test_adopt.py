@@ -26,7 +26,7 @@ def llava(images: int = 1) -> bytes:
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -109,6 +109,7 @@ def test_bad_images_stay_in_the_index_and_bad_samples_are_left_out(tmp_path):
         *[("broken.jpg", picture()), ("broken.json", b"{")],
         *[("good.jpg", picture(colour="green")), ("good.json", llava())],
         *[("twice.json", llava(0)), ("twice.json", llava(0))],
+        *[("caf\udce9.json", llava(0))],
     ]
     report = adopt([write_tar(tmp_path / "t.tar", members)], tmp_path / "out")
     reasons = {(issue.key, issue.file): issue.reason for issue in report.left_out}
@@ -119,6 +120,7 @@ def test_bad_images_stay_in_the_index_and_bad_samples_are_left_out(tmp_path):
         ("broken", "broken.*"): reasons["broken", "broken.*"],
         ("good", "good.*"): "duplicate key in this tar",
         ("twice", "twice.*"): "two members twice.json",
+        ("caf\udce9", "caf\udce9.*"): "the member's name is not UTF-8",
     }
     assert "not JSON" in reasons["broken", "broken.*"]
     rows = rows_of(tmp_path / "out")

@@ -1,4 +1,6 @@
 import argparse
+import os
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,17 @@ def test_captions_and_adoption(source, tmp_path, command, capsys):
     assert command("adopt", tmp_path / "packed/tars/000000.tar", "--out", tmp_path / "adopted") == 0
     assert Corpus.open(tmp_path / "adopted").id == Corpus.open(tmp_path / "packed").id
     assert "added 1 tars, 1 samples, 1 images" in capsys.readouterr().out
+
+
+def test_a_file_name_that_is_no_unicode_is_named_all_the_same(source, tmp_path, command, capsys):
+    source.image("a.jpg")
+    (source.images / "a.txt").write_text("A.")
+    try:
+        Path(os.fsdecode(bytes(source.images) + b"/caf\xe9.jpg")).touch()
+    except OSError:
+        pytest.skip("this file system takes only Unicode")
+    assert command("pack", "--captions", source.images, "--out", tmp_path / "out") == 0
+    assert r"caf\udce9.jpg: no caption beside it" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(tmp_path, command, capsys):
