@@ -74,8 +74,9 @@ def pack_caption_folder(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A sample to be packed: its key, its JSON, the images it names."""
+    """A sample to be packed: its id, its key, its JSON, the images it names."""
 
+    name: str
     key: str
     text: bytes
     images: list[str]
@@ -115,7 +116,7 @@ class _Keys:
                 self.left_out.append(Issue(self.source, name, self.source, str(error)))
                 continue
             if key := self._key(name, text, images[0] if images else self.source):
-                yield _Candidate(key, text, images)
+                yield _Candidate(name, key, text, images)
 
     def _key(self, name: str, text: bytes, file: str) -> str | None:
         """The sample's key, or None if there is nothing to pack: the corpus has it, or the source says it twice."""
@@ -203,7 +204,7 @@ def _prepare(source: str, candidate: _Candidate, roots: list[Path]) -> _Packed |
             file = name
             images.append(_stored(_read_image(name, roots)))
     except ValueError as error:
-        return Issue(source, candidate.key, file, str(error))
+        return Issue(source, candidate.name, file, str(error))
     return _Packed(candidate, images, length)
 
 

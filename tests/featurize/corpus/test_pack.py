@@ -92,7 +92,7 @@ def test_what_cannot_be_used_is_left_out_with_file_and_reason(source, tmp_path):
     (source.images / "cut.jpg").write_bytes((source.images / "0.jpg").read_bytes()[:300])
     (source.images / "folder.jpg").mkdir()
     for name in ("empty", "cut", "folder", "missing"):
-        source.add(name, f"{name}.jpg")
+        source.add(f"{name}.id", f"{name}.jpg")
     source.add("number", image=3)
     source.samples += [
         "not an object",
@@ -108,10 +108,10 @@ def test_what_cannot_be_used_is_left_out_with_file_and_reason(source, tmp_path):
     assert report.samples == 2
     reasons = {issue.key: (issue.file, issue.reason) for issue in report.left_out}
     for key, file, reason in [
-        ("empty", "empty.jpg", "empty file (0 bytes)"),
-        ("cut", "cut.jpg", "cannot be decoded"),
-        ("folder", "folder.jpg", "cannot be read (Is a directory)"),
-        ("missing", "missing.jpg", "not found in"),
+        ("empty.id", "empty.jpg", "empty file (0 bytes)"),
+        ("cut.id", "cut.jpg", "cannot be decoded"),
+        ("folder.id", "folder.jpg", "cannot be read (Is a directory)"),
+        ("missing.id", "missing.jpg", "not found in"),
         ("number", str(source.json), "image: expected a path"),
         ("000000007", str(source.json), "expected an object"),
         ("mute", str(source.json), "no list of conversations"),
