@@ -170,7 +170,7 @@ class Snapshot:
         """The snapshot pinned in a run's folder, checked against corpus and store; pinned now if there is none.
 
         Raises:
-            OlaError: corpus or targets are missing, changed since they were pinned, or of another corpus, teacher or view;
+            OlaError: corpus or targets are missing, changed since they were pinned, of another corpus, teacher or view;
                 or more than ``max_missing`` of the images lack something. The message says what, and how to go on.
         """
         corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ from olavlm.data import codec
 from olavlm.data.commit import TarWriter, describe_arrays, first_blocks
 from olavlm.data.corpus import Corpus
 from olavlm.data.targets import Identity, TargetSet, TargetStore
+from train import stage as stages
 
-WORDS = "USER : ASSISTANT what is this a red blue green cube ball one two there and".split()
+WORDS = ["USER", ":", "ASSISTANT", "what", "is", "this", "a", "red", "blue", "green", "cube", "ball", "one", "and"]
 SAMPLES, SAMPLES_PER_TAR = 24, 10
 FAILED = "s05"  # its image has no depth target
 
@@ -94,8 +96,27 @@ def commit() -> Callable[..., TargetSet]:
     return commit_targets
 
 
-def commit_targets(world: World, task: str, teacher: TeacherConfig, failed: str | None = FAILED) -> TargetSet:
-    """Random targets for every image of the world's corpus, committed as featurization does."""
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Calls a function in the middle of the n-th step (1-based) that is trained from now on."""
+
+    def install(step: int, act: Callable[[], None]) -> None:
+        original, calls = stages.accumulate, 0
+
+        def accumulate(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step:
+                act()
+            return original(*args)
+
+        monkeypatch.setattr(stages, "accumulate", accumulate)
+
+    return install
+
+
+def commit_targets(world: World, task: str, teacher: TeacherConfig, constant: bool = False) -> TargetSet:
+    """Random targets for every image of the world's corpus, committed as featurization does; or one for all of them."""
     corpus = world.corpus()
     store = TargetStore.create(world.folder / "targets", corpus.id)
     identity = Identity(
@@ -119,16 +140,18 @@ def commit_targets(world: World, task: str, teacher: TeacherConfig, failed: str 
     starts = first_blocks([tar.images for tar in corpus.tars], 4)
     describe_arrays(target, rows=100)
     rng = np.random.default_rng(len(task))
+    features = None
     for tar, start in zip(corpus.tars, starts, strict=True):
         writer = TarWriter.open(target, tar, start)
         assert writer is not None
         with writer:
             for row in corpus.index(tar).to_pylist():
-                features = rng.normal(size=(1, teacher.tokens, teacher.width)).astype(np.float32)
+                if features is None or not constant:
+                    features = rng.normal(size=(1, teacher.tokens, teacher.width)).astype(np.float32)
                 values, scales = codec.encode(features, teacher.codec)
                 if row["image_index"] < 0:
                     writer.no_image(row["key"])
-                elif row["key"] == failed and task == "depth":
+                elif row["key"] == FAILED and task == "depth":
                     writer.fail(row["key"], row["image_index"], row["image_hash"], "no features today")
                 else:
                     scale = None if scales is None else scales[0]

@@ -108,7 +108,7 @@ def test_promise_7_identity_other_targets_are_refused(world: Any, tmp_path: Path
 def test_promise_7_identity_another_view_is_refused_unless_allowed(world: Any, tmp_path: Path) -> None:
     config: PipelineConfig = world.config()
     padded = Request("pretrain", ("all",), ("depth",), "pad", max_missing=0.1)
-    with pytest.raises(OlaError, match="'squash'.*'pad'.*allow_view_mismatch"):
+    with pytest.raises(OlaError, match=r"'squash'.*'pad'.*allow_view_mismatch"):
         Snapshot.open(tmp_path, config, padded)
     allowed = Request("pretrain", ("all",), ("depth",), "pad", allow_view_mismatch=True, max_missing=0.1)
     assert Snapshot.open(tmp_path, config, allowed).sizes == (24,)

@@ -49,7 +49,9 @@ def assert_same(one: Any, other: Any, tolerance: float = 2e-5) -> None:
     assert one[0] == pytest.approx(other[0], rel=tolerance, abs=tolerance)
     assert one[1].keys() == other[1].keys()
     for name, grad in one[1].items():
-        torch.testing.assert_close(grad, other[1][name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grad, other[1][name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("micro", [1, 3, 5])
@@ -77,9 +79,7 @@ def test_terms_are_named_and_add_up(world: Any, read: Callable[[list[int]], Micr
     assert all(torch.isfinite(grad).all() for grad in grads.values())
 
 
-def test_a_text_only_batch_has_exactly_no_embedding_loss(
-    world: Any, read: Callable[[list[int]], MicroBatch]
-) -> None:
+def test_a_text_only_batch_has_exactly_no_embedding_loss(world: Any, read: Callable[[list[int]], MicroBatch]) -> None:
     terms, grads = gradients(world, [read([3, 11])])
     assert all(term == 0 for name, term in terms.items() if "/" in name)
     assert terms["loss"] == terms["text"] > 0

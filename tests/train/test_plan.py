@@ -1,0 +1,33 @@
+"""--dry-run tells what can be known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olavlm.config import load_pipeline
+from train.plan import bytes_per_image, plan
+
+
+def test_the_published_setting_needs_no_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_pipeline("llava558k-llama3-8b")
+    plan(config, "pretrain")
+    text = capsys.readouterr().out
+    assert "558,128" in text
+    assert "2,181" in text  # ceil(558128 / 256)
+    assert sum(bytes_per_image(config.teachers[t]) for t in config.student.tasks) == 24 * 24 * (1024 + 1536 + 8) + 2048
+    plan(config, "finetune")
+    assert "8.03" in capsys.readouterr().out
+
+
+def test_with_the_parts_there_parameters_are_counted(
+    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = world.config(f"run_dir={tmp_path}")
+    plan(config, "pretrain")
+    text = capsys.readouterr().out
+    for expected in ("24 (counted)", "projector", "1,600 trained", "vision_tower", "memory per device"):
+        assert expected in text
+    plan(config, "probe")
+    assert "initial, pretrain" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

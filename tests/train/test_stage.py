@@ -1,0 +1,179 @@
+"""Whole stages on one process: what they leave behind, how they go on, how they stop."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from olavlm import runs
+from olavlm.errors import OlaError
+from train import stage as stages
+from train.checkpoint import complete
+from train.metrics import TIME_KEYS, read
+from train.stage import run
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def timeless(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in TIME_KEYS} for line in read(folder)]
+
+
+def test_a_stage_leaves_a_run_folder_and_is_skipped_the_second_time(world: Any, tmp_path: Path) -> None:
+    config = world.config(f"run_dir={tmp_path}")
+    run(config, "pretrain")
+    folder = tmp_path / "pretrain"
+    done = runs.finished(folder)
+    assert done is not None
+    assert (done["steps"], done["samples"]) == (6, 48)
+    assert done["final"].keys() == done["first"].keys() > {"loss", "text", "depth/1/smooth_l1", "gen/2/contrastive"}
+    assert done["trained_parameters"].keys() == set(config.stages["pretrain"].trainable)
+    assert [line["step"] for line in read(folder)] == [1, 2, 3, 4, 5, 6]
+    assert complete(folder / "checkpoints") == [4, 6]
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    run(config, "pretrain")
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(OlaError, match=r"lr: 0\.001 there, 0\.002 now"):
+        run(world.config(f"run_dir={tmp_path}", "stages.pretrain.lr=2e-3"), "pretrain")
+
+
+def test_only_the_trainable_parts_change(world: Any, tmp_path: Path) -> None:
+    config = world.config(f"run_dir={tmp_path}", "stages.pretrain.trainable=[projector,predictors,task_tokens]")
+    run(config, "pretrain")
+    run(config, "finetune")
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("pretrain", "finetune"))
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert {name.split(".")[1] for name in changed if name.startswith("model.")} == {
+        "multi_modal_projector",
+        "language_model",
+    }
+    assert not any(name.startswith(("predictors", "task_tokens", "logit_scales")) for name in changed)
+
+
+def test_the_exported_model_is_an_ordinary_folder(world: Any, tmp_path: Path) -> None:
+    config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1", "stages.pretrain.dtype=bfloat16")
+    run(config, "pretrain")
+    folder = tmp_path / "pretrain" / "model"
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.config.task_configs[0].name == "gen"
+    assert AutoProcessor.from_pretrained(folder).view == "squash"
+
+
+def test_promise_6_lean_the_model_holds_the_students_parameters_only(world: Any, tmp_path: Path) -> None:
+    run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
+    names = load_file(tmp_path / "pretrain" / "model" / "model.safetensors").keys()
+    prefixes = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head.")
+    assert all(name.startswith((*prefixes, "task_tokens.", "predictors.", "logit_scales.")) for name in names)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_promise_5_resumable_after_an_interrupt(
+    world: Any,
+    tmp_path: Path,
+    at_step: Callable[[int, Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    """The interrupted step is finished and kept; weights and metrics become those of the unbroken run, bit for bit."""
+    run(world.config(f"run_dir={tmp_path}/whole"), "pretrain")
+    config = world.config(f"run_dir={tmp_path}/broken")
+    before = signal.getsignal(number)
+    at_step(3, lambda: signal.raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, "pretrain")
+    assert signal.getsignal(number) == before
+    whole, broken = tmp_path / "whole" / "pretrain", tmp_path / "broken" / "pretrain"
+    assert complete(broken / "checkpoints") == [2, 3]
+    assert runs.finished(broken) is None
+    monkeypatch.undo()
+    run(config, "pretrain")
+    assert weights(broken) == weights(whole)
+    assert timeless(broken) == timeless(whole)
+
+
+def test_promise_5_resumable_with_other_micro_batches_and_threads(
+    world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise with other threads; with other micro-batches the same samples, and losses within fp32 noise."""
+    run(world.config(f"run_dir={tmp_path}/whole"), "pretrain")
+    run(world.config(f"run_dir={tmp_path}/threads", "stages.pretrain.loader_threads=5"), "pretrain")
+    run(world.config(f"run_dir={tmp_path}/micro", "stages.pretrain.micro_batch=1"), "pretrain")
+    whole, threads, micro = (tmp_path / name / "pretrain" for name in ("whole", "threads", "micro"))
+    assert weights(threads) == weights(whole)
+    assert timeless(threads) == timeless(whole)
+    for line, other in zip(timeless(whole), timeless(micro), strict=True):
+        assert line == pytest.approx(other, rel=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = stages.accumulate, 0
+
+    def accumulate(*args: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
+        nonlocal calls
+        calls += 1
+        terms, losses = original(*args)
+        if calls == 3:
+            terms["loss"], losses[1] = terms["loss"] * torch.nan, losses[1] * torch.nan
+        return terms, losses
+
+    monkeypatch.setattr(stages, "accumulate", accumulate)
+    with pytest.raises(OlaError, match=r"step 3: loss not finite; among: data all, tar \d+, sample 's\d+'"):
+        run(world.config(f"run_dir={tmp_path}"), "pretrain")
+    assert complete(tmp_path / "pretrain" / "checkpoints") == [2]
+
+
+def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = world.config(f"run_dir={tmp_path}")
+    real = os.fsync
+    folder = tmp_path / "pretrain" / "checkpoints"
+
+    def fsync(fd: int) -> None:
+        if (folder / "step-4").exists():
+            raise OSError(28, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        run(config, "pretrain")
+    monkeypatch.undo()
+    assert complete(folder) == [2, 4]
+    run(config, "pretrain")
+    assert complete(folder) == [4, 6]
+
+
+def test_a_stage_says_what_it_starts_from_is_missing(world: Any, tmp_path: Path) -> None:
+    config = world.config(f"run_dir={tmp_path}")
+    with pytest.raises(OlaError, match=r"stages\.finetune\.init: pretrain has not finished"):
+        run(config, "finetune")
+    with pytest.raises(OlaError, match=r"stages\.vpt: this pipeline has no such stage"):
+        run(config, "vpt")
+
+
+def test_init_from_a_folder_checks_the_tasks(world: Any, tmp_path: Path) -> None:
+    run(world.config(f"run_dir={tmp_path}/a", "stages.pretrain.max_steps=1"), "pretrain")
+    init = f"stages.pretrain.init={tmp_path}/a/pretrain/model"
+    run(world.config(f"run_dir={tmp_path}/b", init, "stages.pretrain.max_steps=1"), "pretrain")
+    with pytest.raises(OlaError, match=r"task depth has layers .*1, 2.*\[2\]"):
+        run(world.config(f"run_dir={tmp_path}/c", init, "student.layers.depth=[2]"), "pretrain")
+
+
+def test_losses_of_weight_zero_are_off(world: Any, tmp_path: Path) -> None:
+    off = [f"stages.pretrain.losses.{task}=0" for task in ("depth", "gen")]
+    run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=2", *off), "pretrain")
+    assert not any("/" in key for key in read(tmp_path / "pretrain")[0])
+    assert json.loads((tmp_path / "pretrain" / "snapshot.json").read_text())["tasks"] == []
