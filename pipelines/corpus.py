@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from featurize.corpus import build as build_from_source
+from featurize.corpus.cli import print_report, progress_bar
 from featurize.corpus.pack import pack_llava_json
 from olavlm import runs
 from olavlm.config import DataConfig, DemoWorldSource, PhotosSource, PipelineConfig
@@ -53,13 +54,29 @@ def _build_one(name: str, data: DataConfig, seed: int) -> None:
         if not (out / "corpus.json").exists():
             raise OlaError(f"data.{name}.corpus: no corpus in {out} and no source to make it from")
         return
-    if not isinstance(source, DemoWorldSource | PhotosSource):
-        build_from_source(source, out)
-        return
-    raw = out.with_name(out.name + ".images")
-    if isinstance(source, DemoWorldSource):
-        json_file = build_split(source.split, source.scenes, raw, seed)
+    if isinstance(source, DemoWorldSource | PhotosSource):
+        raw = out.with_name(out.name + ".images")
+        if isinstance(source, DemoWorldSource):
+            json_file = _render(name, source, raw, seed)
+        else:
+            json_file = write_llava_json(raw)
+        with progress_bar(f"packing {name}") as progress:
+            report = pack_llava_json(json_file, [raw], out, source.samples_per_tar, progress)
+        shutil.rmtree(raw)
     else:
-        json_file = write_llava_json(raw)
-    pack_llava_json(json_file, [raw], out, source.samples_per_tar)
-    shutil.rmtree(raw)
+        with progress_bar(f"corpus {name}") as progress:
+            report = build_from_source(source, out, progress)
+    print_report(report)
+
+
+def _render(name: str, source: DemoWorldSource, out: Path, seed: int) -> Path:
+    """The demo world's split as LLaVA JSON, with a progress bar."""
+    with progress_bar(f"rendering {name}") as progress:
+        rendered = 0
+
+        def advance(scenes: int) -> None:
+            nonlocal rendered
+            rendered += scenes
+            progress(rendered, source.scenes, "scenes")
+
+        return build_split(source.split, source.scenes, out, seed, progress=advance)
