@@ -75,6 +75,15 @@ def complete(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match and _is_complete(folder / match[0]))
 
 
+def resume(folder: Path, parameters: Named, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest complete checkpoint; the optimizer steps done, 0 where there is none. Raises as `load` does."""
+    steps = complete(folder)
+    if not steps:
+        return 0
+    load(folder, steps[-1], parameters, optimizer)
+    return steps[-1]
+
+
 def load(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Optimizer) -> None:
     """Put the checkpoint of `step` into the parameters and the optimizer, in place.
 

@@ -78,6 +78,7 @@ class Loader:
     """Iterates over steps; each is the list of this rank's micro-batches, read ahead by a bounded number of steps.
 
     Attributes:
+        steps: the steps it yields.
         waited: seconds the caller has waited for data so far.
     """
 
@@ -105,7 +106,7 @@ class Loader:
             pin_memory: for faster copies to a GPU.
         """
         self._snapshot, self._processor, self._tasks = snapshot, processor, tasks
-        self._max_length, self._steps, self._share = max_length, steps, share
+        self._max_length, self._share, self.steps = max_length, share, steps
         self._threads, self._pin = threads, pin_memory
         self._tokenizer_lock = threading.Lock()  # a fast tokenizer must not be used by two threads at once
         self.waited = 0.0
@@ -114,7 +115,7 @@ class Loader:
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
         ahead: deque[list[Future[MicroBatch]]] = deque()
         try:
-            for step in self._steps:
+            for step in self.steps:
                 ahead.append([pool.submit(self.read, chunk) for chunk in self._share(step)])
                 if len(ahead) > math.ceil(self._threads / max(len(ahead[-1]), 1)):
                     yield self._wait(ahead.popleft())

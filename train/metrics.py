@@ -51,10 +51,15 @@ class Metrics:
         self._progress.start()
 
     def advance(self, samples: int, waited: float) -> None:
-        """Count a finished step: samples of its global batch, and seconds this process waited for data."""
+        """Count a finished step.
+
+        Args:
+            samples: in its global batch.
+            waited: seconds this process has waited for data since it started.
+        """
         self._step += 1
         self._samples += samples
-        self._waited += waited
+        self._waited = waited
         if not self._quiet:
             self._progress.update(self._bar, completed=self._step)
 
@@ -64,13 +69,13 @@ class Metrics:
         elapsed = now - self._last
         speed = {
             "samples_per_s": self._samples / elapsed,
-            "data_wait": self._waited / elapsed,
+            "data_wait": (self._waited - self._total_waited) / elapsed,
             "memory_gib": _memory(),
             "seconds": now - self._start,
         }
         self._total_samples += self._samples
-        self._total_waited += self._waited
-        self._samples, self._waited, self._last = 0, 0.0, now
+        self._total_waited = self._waited
+        self._samples, self._last = 0, now
         if self._quiet:
             return
         line = {"step": step, **values, **speed}

@@ -201,8 +201,8 @@ def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: C
         if target.identity.view != request.view and not request.allow_view_mismatch:
             raise OlaError(
                 f"{target.path}: the {task} teacher saw view {target.identity.view!r}, the student of {request.stage} "
-                f"sees {request.view!r}, so their grids show different pixels; featurize with teachers.{task}.view="
-                f"{request.view}, or set stages.{request.stage}.allow_view_mismatch=true to train so all the same"
+                f"sees {request.view!r}, so their grids show different pixels; give both the same view, or set "
+                f"stages.{request.stage}.allow_view_mismatch=true to train so all the same"
             )
     return found
 

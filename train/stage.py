@@ -53,64 +53,81 @@ def run(config: PipelineConfig, stage: str) -> None:
 
 
 def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, world: World) -> dict[str, Any]:
-    """The stage itself; returns what done.json tells."""
+    """Everything around the loop: data, student, optimizer, the newest checkpoint; returns what done.json tells."""
     if world.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     weights = {task: weight for task, weight in stage.losses.items() if weight}
     snapshot = open_snapshot(folder, config, request(name, stage, tuple(weights)), world)
-    order = order_of(snapshot, stage, config.seed)
+    order = order_of(snapshot, name, stage, config.seed)
     steps = total_steps(order, stage)
 
     model, processor = student.start(config, name)
     processor.view = stage.view
     parts = student.prepare(model, stage, world.device)
-    parameters = {key: p for pairs in parts.values() for key, p in pairs}
+    parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
     world.broadcast(list(parameters.values()))
     optimizer = _optimizer(parts, stage, world.device)
-    saved = checkpoint.complete(folder / "checkpoints")
-    done = saved[-1] if saved else 0
-    if done:
-        checkpoint.load(folder / "checkpoints", done, parameters, optimizer)
+    done = checkpoint.resume(folder / "checkpoints", parameters, optimizer)
 
-    objective = Objective(weights, stage.contrastive, torch.bfloat16 if stage.dtype == "bfloat16" else None)
-    share = lambda step: rank_share(order.batch(step), stage.micro_batch, world.rank, world.size)  # noqa: E731
     loader = Loader(
-        snapshot, processor, list(weights), stage.max_length, range(done, steps), share, stage.loader_threads,
+        snapshot,
+        processor,
+        list(weights),
+        stage.max_length,
+        range(done, steps),
+        share=lambda step: rank_share(order.batch(step), stage.micro_batch, world.rank, world.size),
+        threads=stage.loader_threads,
         pin_memory=world.device.type == "cuda",
-    )  # fmt: skip
+    )
+    objective = Objective(weights, stage.contrastive, torch.bfloat16 if stage.dtype == "bfloat16" else None)
     log = metrics.Metrics(folder, name, done, steps, quiet=world.rank > 0)
-    waited = 0.0
     try:
-        with _Stop() as stop, closing(iter(loader)) as fetched:
-            for step, batches in zip(range(done, steps), fetched, strict=True):
-                torch.manual_seed(_seed(config.seed, step, world.rank))
-                batches = [batch.each(lambda t: t.to(world.device, non_blocking=True)) for batch in batches]
-                optimizer.zero_grad()
-                terms, losses = accumulate(model, batches, objective, world)
-                world.sum_gradients(list(parameters.values()))
-                norm = nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
-                values, stopping = _reduce(terms, stop.asked, world)
-                _check_finite(step, {**values, "grad_norm": float(norm)}, losses, batches)
-                factor = learning_rate(step, steps, stage.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor
-                optimizer.step()
-                log.advance(len(order.batch(step)), loader.waited - waited)
-                waited = loader.waited
-                if _due(step + 1, stage.log_every, steps) or step == 0:
-                    log.log(step + 1, {**values, "lr": stage.lr * factor, "grad_norm": float(norm)})
-                if _due(step + 1, stage.checkpoint_every, steps) or stopping:
-                    if world.rank == 0:
-                        checkpoint.save(folder / "checkpoints", step + 1, parameters, optimizer, stage.keep)
-                    world.barrier()
-                if stopping and step + 1 < steps:
-                    raise KeyboardInterrupt
+        _loop(stage, config.seed, model, parameters, optimizer, loader, objective, log, folder / "checkpoints", world)
     finally:
         speed = log.close()
-    if world.rank == 0:
-        export(model, processor, folder / "model", stage)
-    return _summary(folder, model, parts, steps, order, speed) if world.rank == 0 else {}
+    if world.rank > 0:
+        return {}
+    export(model, processor, folder / "model", stage)
+    return _summary(folder, model, parts, steps, order, speed)
+
+
+def _loop(
+    stage: StageConfig,
+    seed: int,
+    model: OlaVlmForConditionalGeneration,
+    parameters: checkpoint.Named,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    objective: Objective,
+    log: metrics.Metrics,
+    checkpoints: Path,
+    world: World,
+) -> None:
+    """The training, one global batch after the other."""
+    steps = loader.steps.stop
+    with _Stop() as stop, closing(iter(loader)) as fetched:
+        for step, batches in zip(loader.steps, fetched, strict=True):
+            torch.manual_seed(_seed(seed, step, world.rank))
+            batches = [batch.each(lambda t: t.to(world.device, non_blocking=True)) for batch in batches]
+            optimizer.zero_grad()
+            terms, losses = accumulate(model, batches, objective, world)  # forward, loss, backward
+            world.sum_gradients(list(parameters.values()))
+            norm = nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
+            values, stopping = _reduce({**terms, "samples": _samples(batches, world)}, stop.asked, world)
+            samples = round(values.pop("samples"))
+            values |= {"lr": _set_rate(optimizer, stage, step, steps), "grad_norm": float(norm)}
+            _check_finite(step, values, losses, batches)
+            optimizer.step()
+            log.advance(samples, loader.waited)
+            if step == 0 or _due(step + 1, stage.log_every, steps):
+                log.log(step + 1, values)
+            if stopping or _due(step + 1, stage.checkpoint_every, steps):
+                if world.rank == 0:
+                    checkpoint.save(checkpoints, step + 1, parameters, optimizer, stage.keep)
+                world.barrier()
+            if stopping and step + 1 < steps:
+                raise KeyboardInterrupt
 
 
 def request(name: str, stage: StageConfig, tasks: tuple[str, ...]) -> Request:
@@ -126,7 +143,7 @@ def open_snapshot(folder: Path, config: PipelineConfig, request: Request, world:
     return snapshot if world.rank == 0 else Snapshot.open(folder, config, request)
 
 
-def order_of(snapshot: Snapshot, stage: StageConfig, seed: int) -> Order:
+def order_of(snapshot: Snapshot, name: str, stage: StageConfig, seed: int) -> Order:
     """The order of a stage's samples.
 
     Raises:
@@ -134,7 +151,7 @@ def order_of(snapshot: Snapshot, stage: StageConfig, seed: int) -> Order:
     """
     missing = [name for name in stage.data if name not in stage.weights] if stage.weights else []
     if missing:
-        raise OlaError(f"stages.…weights: {', '.join(missing)} has none; give every data set a weight, or none of them")
+        raise OlaError(f"stages.{name}.weights: none for {', '.join(missing)}; give every data set a weight, or none")
     weights = [stage.weights[name] for name in stage.data] if stage.weights else None
     keys = snapshot.group_keys if stage.group_by_length else None
     return Order(snapshot.sizes, quotas(snapshot.sizes, weights), seed, stage.global_batch, keys)
@@ -164,6 +181,19 @@ def _optimizer(parts: student.Parts, stage: StageConfig, device: torch.device) -
         if pairs
     ]
     return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay, fused=device.type == "cuda")
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, stage: StageConfig, step: int, steps: int) -> float:
+    """Set the learning rates of a step; returns the stage's own, for the log."""
+    factor = learning_rate(step, steps, stage.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return stage.lr * factor
+
+
+def _samples(batches: list[MicroBatch], world: World) -> Tensor:
+    """How many samples this rank trained on."""
+    return torch.tensor(float(sum(len(batch.keys) for batch in batches)), device=world.device)
 
 
 def _reduce(terms: dict[str, Tensor], stop: bool, world: World) -> tuple[dict[str, float], bool]:
@@ -207,12 +237,18 @@ def _summary(
 ) -> dict[str, Any]:
     """What done.json tells of a training."""
     lines = metrics.read(folder)
+    gpu = (
+        {"peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        if torch.cuda.is_available()
+        else {}
+    )
     first, final = ({k: v for k, v in ln.items() if k in ("loss", "text") or "/" in k} for ln in (lines[0], lines[-1]))
     epochs, rest = divmod(steps, order.epoch_batches)
     return {
         "steps": steps,
         "samples": epochs * order.epoch_samples + min(rest * order.global_batch, order.epoch_samples),
         **speed,
+        **gpu,
         "first": first,
         "final": final,
         "trained_parameters": {part: sum(p.numel() for _, p in pairs) for part, pairs in parts.items()},

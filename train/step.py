@@ -65,10 +65,10 @@ def accumulate(
     Raises:
         OlaError: predictions and targets that do not fit together.
     """
-    tokens, targets = _share(batches, objective, world)
+    whole = _GlobalBatch(batches, objective, world)
     totals = {name: torch.zeros((), device=world.device) for name in _terms(model, objective)}
     losses = []
-    for batch, of_batch in zip(batches, targets, strict=True):
+    for batch, found in zip(batches, whole.found, strict=True):
         if not batch.keys:
             continue  # fewer micro-batches than ranks; the collectives are before and after this loop
         with torch.autocast(world.device.type, objective.autocast, enabled=objective.autocast is not None):
@@ -79,12 +79,16 @@ def accumulate(
                 predict=bool(objective.weights),
                 use_cache=False,
             )
-        text = next_token_loss(out.logits, batch.labels, tokens)
+        text = next_token_loss(out.logits, batch.labels, whole.tokens)
         terms = {"text": text}
         loss = text
         if objective.weights:
             embedding = embedding_losses(
-                out.predictions, of_batch, dict(model.logit_scales.items()), objective.weights, objective.contrastive
+                out.predictions,
+                whole.take(found),
+                dict(model.logit_scales.items()),
+                objective.weights,
+                objective.contrastive,
             )
             terms |= embedding.parts
             loss = loss + embedding.total
@@ -129,24 +133,36 @@ def _terms(model: OlaVlmForConditionalGeneration, objective: Objective) -> list[
     return ["loss", "text", *of_tasks]
 
 
-def _share(batches: list[MicroBatch], objective: Objective, world: World) -> tuple[int, list[dict[str, TaskTargets]]]:
-    """What micro-batches need to know of the global batch: how many tokens are labelled, and the candidates.
+class _GlobalBatch:
+    """What micro-batches need to know of the batch they are a part of.
 
-    Called once per step, before the first forward pass. Targets travel between ranks as they are stored (int8: a
-    quarter of fp32) and are decoded on arrival.
+    Made once per step, before the first forward pass, by all ranks together. Targets travel between ranks as they are
+    stored (int8: a quarter of fp32) and are decoded on arrival.
+
+    Attributes:
+        tokens: labelled tokens in the global batch.
+        found: this rank's targets, by micro-batch and task.
     """
-    labelled = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
-    tokens = int(world.sum(torch.tensor(labelled, device=world.device)))
-    found = [objective.targets(batch) for batch in batches]
-    shared: list[dict[str, TaskTargets]] = [{} for _ in batches]
-    for task in objective.weights:
-        own = [of_batch[task] for of_batch in found]
-        values, first = world.gather(torch.cat([t.values[t.valid] for t in own]))
-        scales = [t.scales[t.valid] for t in own if t.scales is not None]
-        everything = world.gather(torch.cat(scales))[0] if scales else None
-        candidates = decode(values, everything, own[0].codec)
-        for number, targets in enumerate(own):
-            position = first + torch.cumsum(targets.valid, 0) - 1  # valid ones are numbered through, in batch order
-            shared[number][task] = TaskTargets(targets.features(), targets.valid, candidates, position, len(candidates))
-            first += int(targets.valid.sum())
-    return tokens, shared
+
+    def __init__(self, batches: list[MicroBatch], objective: Objective, world: World):
+        labelled = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
+        self.tokens = int(world.sum(torch.tensor(labelled, device=world.device)))
+        self.found = [objective.targets(batch) for batch in batches]
+        self._candidates: dict[str, Tensor] = {}
+        self._next: dict[str, int] = {}  # position among the candidates of this rank's next valid target
+        for task in objective.weights:
+            own = [of_batch[task] for of_batch in self.found]
+            values, self._next[task] = world.gather(torch.cat([t.values[t.valid] for t in own]))
+            scales = [t.scales[t.valid] for t in own if t.scales is not None]
+            all_scales = world.gather(torch.cat(scales))[0] if scales else None
+            self._candidates[task] = decode(values, all_scales, own[0].codec)
+
+    def take(self, found: dict[str, Targets]) -> dict[str, TaskTargets]:
+        """The next micro-batch's targets beside the candidates; to be called in order, once for each."""
+        taken = {}
+        for task, candidates in self._candidates.items():
+            targets = found[task]
+            index = self._next[task] + torch.cumsum(targets.valid, 0) - 1  # valid ones are numbered through
+            taken[task] = TaskTargets(targets.features(), targets.valid, candidates, index, len(candidates))
+            self._next[task] += int(targets.valid.sum())
+        return taken

@@ -12,7 +12,7 @@ def log(folder: Path, start: int, end: int) -> dict[str, float]:
     folder.mkdir(exist_ok=True)
     metrics = Metrics(folder, "test", start, 10)
     for step in range(start, end):
-        metrics.advance(samples=8, waited=0.0)
+        metrics.advance(samples=8, waited=0.5 * step)
         metrics.log(step + 1, VALUES | {"loss": 2.0 / (step + 1)})
     return metrics.close()
 
