@@ -17,7 +17,7 @@ from featurize.worker import Report, Unit
 from olavlm import runs
 from olavlm.config import DataConfig, PipelineConfig
 from olavlm.data.atomic import replace
-from olavlm.data.commit import blocks, describe_arrays
+from olavlm.data.commit import blocks, describe_arrays, tidy
 from olavlm.data.corpus import Corpus
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
@@ -62,6 +62,7 @@ def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = N
             store = TargetStore.create(data.targets, corpus.id)
             sets = {task: store.add(identity, config.featurize.block) for task, identity in identities.items()}
             for target in sets.values():
+                tidy(target)
                 describe_arrays(target, target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars))
         jobs.append(Job(name, data, corpus, sets))
     if not jobs:

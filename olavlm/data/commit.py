@@ -87,6 +87,15 @@ def _describe(file: Path, data_type: str, rows: int, block: int, shape: list[int
             replace(file, json.dumps(metadata, indent=2).encode())
 
 
+def tidy(target: TargetSet) -> None:
+    """Remove what writers left that died right after a commit, when nobody will open their tar again."""
+    for name in {path.name.rpartition(".")[0] for path in (target.path / "leases").glob("[!.]*.*")}:
+        lease = Lease.acquire(target.path / "leases", name)
+        if lease is not None:
+            sweep(target.path / "commits" / f"{name}.parquet")
+            lease.release()
+
+
 class TarWriter:
     """Writes one tar's targets of one set, in the order of the corpus index, holding at most one block in memory.
 
