@@ -1,0 +1,203 @@
+"""The commands around the store: plan, status, verify, inspect."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featurize.__main__ import main
+from featurize.inspect import SIDE, pictures
+from featurize.plan import bytes_per_image, human_bytes, plan
+from featurize.stage import open_jobs, run_pipeline
+from featurize.verify import verify
+from olavlm import cli
+from olavlm.config import TeacherConfig, load_pipeline
+from olavlm.errors import OlaError
+
+
+@pytest.fixture(scope="module")
+def finished(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished")
+    run_pipeline(world.config(run))
+    return run
+
+
+@pytest.fixture
+def own(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished / "targets", tmp_path / "run" / "targets")).parent
+
+
+@pytest.fixture
+def command(world: Any, monkeypatch: pytest.MonkeyPatch):
+    """Run ``python -m featurize NAME PIPELINE run_dir=RUN …``; returns the exit code."""
+
+    def call(name: str, run: Path, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["featurize", name, str(world.file), f"run_dir={run}", *arguments])
+        return cli.run(main)
+
+    return call
+
+
+# ---- plan
+
+
+def test_the_published_setting_is_planned_without_weights_or_corpus() -> None:
+    made = plan(load_pipeline("llava558k-llama3-8b"))
+    assert made.images == {"pretrain": 558_128}
+    sizes = {teacher.task: teacher.bytes_per_image for teacher in made.teachers}
+    assert sizes == {"gen": 2048, "depth": 576 * 1024 + 576 * 4, "seg": 576 * 1536 + 576 * 4}
+    assert sum(teacher.total_bytes for teacher in made.teachers) == pytest.approx(827e9, rel=0.01)
+    assert made.hours_once is not None
+    assert made.hours_online == pytest.approx(made.hours_once * made.runs * made.passes)
+
+
+def test_bytes_per_image_are_what_the_store_holds(world: Any, finished: Path) -> None:
+    config = world.config(finished)
+    (job,) = open_jobs(config)
+    for task, teacher in config.teachers.items():
+        row = next(r for r in job.sets[task].commit(job.corpus.tars[0]).to_pylist() if r["status"] == "ok")
+        assert row["values_bytes"] + row["scales_bytes"] == bytes_per_image(teacher)
+
+
+def test_fp16_takes_two_bytes_and_no_scales() -> None:
+    teacher = TeacherConfig(teacher="x", weights="x", input_size=8, grid=2, width=10, codec="fp16")
+    assert bytes_per_image(teacher) == 2 * 2 * 10 * 2
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1480000, "1.48 MB"), (8.27e11, "827 GB")])
+def test_human_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_a_plan_needs_a_count(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match=r"no corpus in .*nowhere yet; state data\.all\.expected_images to plan"):
+        plan(world.config(tmp_path, "data.all.corpus=nowhere"))
+    assert plan(world.config(tmp_path, "data.all.corpus=nowhere", "data.all.expected_images=5")).images == {"all": 5}
+    assert plan(world.config(tmp_path)).images == {"all": 12}
+
+
+# ---- verify
+
+
+def test_a_finished_store_verifies_and_recomputes(world: Any, finished: Path) -> None:
+    assert list(verify(world.config(finished), recompute=4)) == []
+
+
+def test_verify_names_a_damaged_target(world: Any, own: Path) -> None:
+    (job,) = open_jobs(world.config(own))
+    target, tar = job.sets["seg"], job.corpus.tars[1]
+    row = [r for r in target.commit(tar).to_pylist() if r["status"] == "ok"][2]
+    file = target.values_file(row["block"])
+    content = bytearray(file.read_bytes())
+    content[row["values_offset"] + 5] ^= 4
+    file.write_bytes(content)
+    (line,) = verify(world.config(own))
+    assert f"all, seg, tar {tar.name}: " in line
+    assert f"damaged: the target of sample '{row['key']}'" in line
+
+
+def test_verify_names_a_tar_without_a_commit(world: Any, own: Path) -> None:
+    (job,) = open_jobs(world.config(own))
+    tar = job.corpus.tars[0]
+    job.sets["gen"].commit_file(tar).unlink()
+    assert list(verify(world.config(own))) == [
+        f"all, gen, tar {tar.name}: not committed, {tar.images} images without a target"
+    ]
+
+
+def test_verify_names_a_commit_of_other_images(world: Any, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = open_jobs(world.config(own))
+    index = type(job.corpus).index
+    monkeypatch.setattr(type(job.corpus), "index", lambda self, tar: index(self, tar).slice(1))
+    lines = list(verify(world.config(own)))
+    assert len(lines) == 6
+    assert all("does not list the images of the corpus index" in line for line in lines)
+
+
+def test_verify_recomputes_what_was_tampered_with_consistently(world: Any, own: Path) -> None:
+    """Values and checksum agree, but they are not what the teacher computes: only --recompute can tell."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from olavlm.data.targets import checksum
+
+    (job,) = open_jobs(world.config(own))
+    target = job.sets["depth"]
+    for tar in job.corpus.tars:
+        commit = target.commit(tar)
+        rows = commit.to_pylist()
+        for row in rows:
+            if row["status"] != "ok":
+                continue
+            file = target.values_file(row["block"])
+            content = bytearray(file.read_bytes())
+            span = slice(row["values_offset"], row["values_offset"] + row["values_bytes"])
+            content[span] = bytes(reversed(content[span]))
+            file.write_bytes(content)
+            scales = target.scales_file(row["block"]).read_bytes()
+            scales = scales[row["scales_offset"] : row["scales_offset"] + row["scales_bytes"]]
+            row["checksum"] = checksum(row["key"], scales, bytes(content[span]))
+        table = pa.Table.from_pylist(rows, commit.schema)
+        pq.write_table(table, target.commit_file(tar))
+    assert list(verify(world.config(own))) == []
+    lines = list(verify(world.config(own), recompute=3))
+    assert len(lines) == 3
+    assert all("all, depth, tar" in line and "quantization steps off" in line for line in lines)
+
+
+# ---- inspect
+
+
+def test_pictures_show_every_task(world: Any, finished: Path) -> None:
+    shown = pictures(world.config(finished), "all", 4)
+    assert len(shown) == 4
+    for picture in shown:
+        assert set(picture) == {"key", "image", "depth", "depth features", "seg", "seg features", "gen nearest"}
+        for name, pixels in picture.items():
+            if name != "key":
+                assert pixels.shape == (SIDE, SIDE, 3)
+                assert pixels.dtype == np.uint8
+        assert not np.array_equal(picture["image"], picture["gen nearest"])
+
+
+def test_pictures_of_what_is_not_there_are_refused(world: Any, finished: Path, own: Path) -> None:
+    with pytest.raises(OlaError, match=r"data\.other is not there or has no targets"):
+        pictures(world.config(finished), "other")
+    (job,) = open_jobs(world.config(own))
+    for tar in job.corpus.tars:
+        job.sets["seg"].commit_file(tar).unlink()
+    with pytest.raises(OlaError, match=r"no image has all targets \(depth, seg, gen\) yet"):
+        pictures(world.config(own), "all")
+
+
+# ---- the command line
+
+
+def test_commands_succeed_and_say_what_they_found(command: Any, tmp_path: Path, capsys: Any) -> None:
+    assert command("plan", tmp_path) == 0
+    assert "12 images" in capsys.readouterr().out
+    assert command("run", tmp_path) == 0
+    assert "12 images, 2 of them without some target" in capsys.readouterr().out
+    assert command("status", tmp_path, "--failed") == 0
+    out = capsys.readouterr().out
+    assert "2/2" in out
+    assert "all gen tar 0 sample t0s2 image 0: cannot be decoded" in out
+    assert command("verify", tmp_path) == 0
+    assert "every target is there and undamaged" in capsys.readouterr().out
+    assert command("inspect", tmp_path, "--images", "2") == 0
+    with Image.open(tmp_path / "featurize" / "inspect.png") as sheet:
+        assert sheet.height == 16 + 2 * (SIDE + 4) - 4
+
+
+def test_commands_fail_with_one_line_and_a_status(command: Any, own: Path, tmp_path: Path, capsys: Any) -> None:
+    next((own / "targets").glob("depth-*/commits/*")).unlink()
+    assert command("verify", own) == 1
+    assert "1 things are wrong" in capsys.readouterr().out
+    assert command("status", tmp_path / "nothing") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert command("run", tmp_path / "x", "teachers.gen.weights=no/such/folder") == 2
+    assert "weights of teacher unclip: no folder" in capsys.readouterr().err
