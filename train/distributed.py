@@ -48,21 +48,23 @@ class World:
         """All ranks' rows, in rank order, and the number of the first that is this rank's.
 
         Args:
-            rows: (n, …); n may differ between ranks and be 0.
+            rows: (n, width, …); n may differ between ranks and be 0.
         """
         if self.size == 1:
             return rows, 0
         counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
         counts[self.rank] = len(rows)
         lengths: list[int] = self.sum(counts).tolist()
+        if not any(lengths):
+            return rows, 0
         # As bytes, padded to the longest: every backend can gather those, whatever the codec's dtype.
-        flat = rows.reshape(len(rows), -1).contiguous().view(torch.uint8)
+        flat = rows.flatten(1).contiguous().view(torch.uint8)
         padded = flat.new_zeros((max(lengths), flat.shape[1]))
         padded[: len(rows)] = flat
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded)
         joined = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
-        return joined.view(rows.dtype).reshape(-1, *rows.shape[1:]), sum(lengths[: self.rank])
+        return joined.view(rows.dtype).reshape(len(joined), *rows.shape[1:]), sum(lengths[: self.rank])
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum every gradient over the ranks; a parameter without one (no image in the batch) gets zeros, always.

@@ -86,10 +86,14 @@ def test_promise_5_resumable_after_sigkill(world: Any, tmp_path: Path, moment: s
 def test_promise_5_resumable_on_two_ranks(
     world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped on one process and resumed on two: the samples and losses of the run on one process."""
-    run(world.config(f"run_dir={tmp_path}/one"), "pretrain")
-    overrides = [f"run_dir={tmp_path}/two"]
-    at_step(2, lambda: signal.raise_signal(signal.SIGTERM))
+    """Stopped on one process and resumed on two: the samples and losses of the run on one process.
+
+    The last batch of an epoch is one micro-batch: the second rank has nothing, and enters every collective.
+    """
+    batches = ["stages.pretrain.global_batch=22", "stages.pretrain.micro_batch=2"]
+    run(world.config(f"run_dir={tmp_path}/one", *batches), "pretrain")
+    overrides = [f"run_dir={tmp_path}/two", *batches]
+    at_step(1, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         run(world.config(*overrides), "pretrain")
     monkeypatch.undo()
@@ -97,9 +101,9 @@ def test_promise_5_resumable_on_two_ranks(
     resumed = python(*launcher, "-m", "train", "pretrain", str(world.file), *overrides)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     one, two = timeless(tmp_path / "one" / "pretrain"), timeless(tmp_path / "two" / "pretrain")
-    assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
     for line, other in zip(one, two, strict=True):
-        assert line == pytest.approx(other, rel=2e-3)
+        assert line == pytest.approx(other, rel=2e-4)
     done = runs.finished(tmp_path / "two" / "pretrain")
     assert done is not None
     assert done["samples"] == 48
