@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olavlm import cli
+from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig, load_pipeline
 
 EXAMPLES = """examples:
@@ -65,7 +66,6 @@ def _plan(config: PipelineConfig, _: argparse.Namespace) -> None:
 
 
 def _run(config: PipelineConfig, _: argparse.Namespace) -> None:
-    from featurize.plan import human_bytes
     from featurize.stage import run_pipeline
 
     summary = run_pipeline(config)
@@ -81,7 +81,6 @@ def _status(config: PipelineConfig, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from featurize.plan import human_bytes
     from featurize.stage import failed_images, open_jobs, status
 
     console = Console()

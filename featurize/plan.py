@@ -6,8 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from olavlm.config import PipelineConfig, TeacherConfig
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.cli import human_bytes
+from olavlm.config import PipelineConfig
+from olavlm.data.codec import encoded_bytes
 from olavlm.data.corpus import Corpus
 from olavlm.errors import OlaError
 
@@ -64,16 +65,10 @@ def plan(config: PipelineConfig) -> Plan:
         hours = None
         if teacher.gflop_per_image is not None and tflops is not None:
             hours = total * teacher.gflop_per_image / (tflops * 1000) / 3600
-        size = bytes_per_image(teacher)
+        size = encoded_bytes(teacher.tokens, teacher.width, teacher.codec)
         teachers.append(TeacherPlan(task, size, size * total, hours))
     passes = sum(stage.epochs for stage in config.stages.values() if stage.losses)
     return Plan(images, teachers, passes, config.featurize.training_runs)
-
-
-def bytes_per_image(teacher: TeacherConfig) -> int:
-    """Bytes of one stored target, scales included (the shard's index adds 16 to 32 per image)."""
-    scales = 4 * teacher.tokens if HAS_SCALES[teacher.codec] else 0
-    return teacher.tokens * teacher.width * DTYPES[teacher.codec].itemsize + scales
 
 
 def show(config: PipelineConfig, console: Console) -> None:
@@ -112,15 +107,6 @@ def show(config: PipelineConfig, console: Console) -> None:
     else:
         gain = made.hours_online - made.hours_once
         console.print(f"break-even: with the second epoch or run; saved by the end: {_hours(gain)} device hours")
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} PB"
 
 
 def _hours(hours: float | None) -> str:

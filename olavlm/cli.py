@@ -1,4 +1,4 @@
-"""What every command line shares: one-line errors, exit codes, and an honest word after Ctrl-C."""
+"""What every command line shares: one-line errors, exit codes, an honest word after Ctrl-C, bytes for people."""
 
 import errno
 import sys
@@ -27,3 +27,12 @@ def run(main: Callable[[], int | None], resume: str = "run the same command agai
         where = error.filename or "the output folder"
         print(f"error: no space left on the disk of {where}; free some, then {resume}", file=sys.stderr)
         return 2
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} PB"

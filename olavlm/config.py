@@ -164,6 +164,8 @@ class ProbeConfig(Section):
     tasks: list[str]
     layers: list[Positive] | None = None  # default: all
     view: View = "squash"
+    allow_view_mismatch: bool = False
+    max_missing: Fraction = 0.01
     steps: Positive = 200
     batch: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -263,7 +265,9 @@ def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> Pipeline
         for override in overrides or []:
             if "=" not in override:
                 raise OlaError(f"override {override!r}: expected key.path=value")
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            key = override.partition("=")[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            OmegaConf.update(merged, key, value, merge=False, force_add=True)  # {} empties a mapping
         raw = OmegaConf.to_container(OmegaConf.merge({"run_dir": "runs/${name}"}, merged), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise OlaError(f"{path}: {str(error).strip().splitlines()[0]}") from None

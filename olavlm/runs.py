@@ -14,8 +14,8 @@ from olavlm.data.atomic import replace
 from olavlm.errors import OlaError
 from olavlm.provenance import provenance
 
-#: Stage keys that change how fast a stage runs, not what it computes.
-_SPEED = {"loader_threads", "log_every", "checkpoint_every", "keep"}
+#: Stage keys that change how fast a stage runs, not what it computes (but for the last bits of a sum).
+_SPEED = {"micro_batch", "gradient_checkpointing", "loader_threads", "log_every", "checkpoint_every", "keep"}
 
 _started: dict[Path, float] = {}
 

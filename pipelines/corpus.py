@@ -56,10 +56,7 @@ def _build_one(name: str, data: DataConfig, seed: int) -> None:
         return
     if isinstance(source, DemoWorldSource | PhotosSource):
         raw = out.with_name(out.name + ".images")
-        if isinstance(source, DemoWorldSource):
-            json_file = _render(name, source, raw, seed)
-        else:
-            json_file = write_llava_json(raw)
+        json_file = write_llava_json(raw) if isinstance(source, PhotosSource) else _render(name, source, raw, seed)
         with progress_bar(f"packing {name}") as progress:
             report = pack_llava_json(json_file, [raw], out, source.samples_per_tar, progress)
         shutil.rmtree(raw)

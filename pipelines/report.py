@@ -10,13 +10,14 @@ from rich.console import Console
 
 from featurize.inspect import pictures
 from olavlm import runs
+from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig, dump
 from olavlm.data.atomic import replace
 from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
 from olavlm.eval import cv_bench
 from pipelines import figures
-from pipelines.results import byte_size, duration, print_summary, read_json, read_lines, summary
+from pipelines.results import duration, print_summary, read_json, read_lines, summary
 
 PICTURES = 6
 TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
@@ -74,7 +75,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": byte_size,
+        "bytes": human_bytes,
         "duration": duration,
         "count": lambda number: f"{number:,}",
         "percent": lambda share: f"{100 * share:.1f}",
@@ -90,8 +91,8 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
         yield {"value": f"{targets['images']:,}", "label": "images featurized", "note": f"once{failed}"}
         yield {"value": f"{targets['images_per_s']:,.1f}", "label": "images/s", "note": "all teachers together"}
         size, full = (sum(targets[key].values()) for key in ("bytes_per_image", "float16_bytes_per_image"))
-        note = f"{full / size:.1f}× smaller than 16 bit; {byte_size(targets['bytes'])} in all"
-        yield {"value": byte_size(size), "label": "stored per image", "note": note}
+        note = f"{full / size:.1f}× smaller than 16 bit; {human_bytes(targets['bytes'])} in all"
+        yield {"value": human_bytes(size), "label": "stored per image", "note": note}
     for task, probe in result["probe"].items():
         (first, before), *rest = probe["students"].items()
         if rest:

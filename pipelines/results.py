@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from olavlm import runs
+from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.provenance import provenance
@@ -58,8 +59,8 @@ def print_summary(result: dict[str, Any]) -> None:
         table.add_row("featurized", f"{targets['images']:,} images{failed}; {targets['images_per_s']:,.1f} images/s")
         for task, size in targets["bytes_per_image"].items():
             full = targets["float16_bytes_per_image"][task]
-            table.add_row(f"  {task}", f"{byte_size(size)} per image, {size / full:.2f} of 16 bit")
-        table.add_row("  target stores", byte_size(targets["bytes"]))
+            table.add_row(f"  {task}", f"{human_bytes(size)} per image, {size / full:.2f} of 16 bit")
+        table.add_row("  target stores", human_bytes(targets["bytes"]))
     for stage, done in result["stages"].items():
         table.add_row(
             stage, f"{done['seconds']:,.0f} s, {done['peak_memory_gib']:.1f} GiB" if done else "[dim]not finished[/dim]"
@@ -74,15 +75,6 @@ def print_summary(result: dict[str, Any]) -> None:
                 f"CV-Bench {name}", f"{cell['accuracy']:.1%} ± {cell['stderr']:.1%}, n = {cell['n']:,} ({others})"
             )
     Console().print(table)
-
-
-def byte_size(count: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def duration(seconds: float) -> str:

@@ -8,8 +8,9 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from olavlm import runs
-from olavlm.config import PipelineConfig, StageConfig, TeacherConfig
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.cli import human_bytes
+from olavlm.config import PipelineConfig, StageConfig
+from olavlm.data.codec import encoded_bytes
 from olavlm.data.corpus import Corpus
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmConfig, OlaVlmForConditionalGeneration, parameter_groups
@@ -38,29 +39,26 @@ def plan(config: PipelineConfig, name: str) -> None:
         table.add_row("optimizer steps", f"{steps:,} ({stage.epochs:g} epochs)")
         table.add_row("checkpoints", f"every {stage.checkpoint_every:,} steps, the last {stage.keep} kept")
     tasks = [task for task, weight in stage.losses.items() if weight]
-    per_image = {task: bytes_per_image(config.teachers[task]) for task in tasks}
+    used = {task: config.teachers[task] for task in tasks}
+    per_image = {task: encoded_bytes(t.tokens, t.width, t.codec) for task, t in used.items()}
     if tasks:
-        each = ", ".join(f"{task} {_size(count)}" for task, count in per_image.items())
-        table.add_row("targets per image", f"{_size(sum(per_image.values()))} ({each})")
-        table.add_row("targets per step", _size(stage.global_batch * sum(per_image.values())))
+        each = ", ".join(f"{task} {human_bytes(count)}" for task, count in per_image.items())
+        table.add_row("targets per image", f"{human_bytes(sum(per_image.values()))} ({each})")
+        table.add_row("targets per step", human_bytes(stage.global_batch * sum(per_image.values())))
         if samples:
-            table.add_row("targets per epoch", _size(samples * sum(per_image.values())))
+            table.add_row("targets per epoch", human_bytes(samples * sum(per_image.values())))
     skeleton = _skeleton(config, stage)
     if isinstance(skeleton, str):
         table.add_row("parameters", f"by part: unknown ({skeleton})")
         if config.student.parameters:
             trained = "trained" if "language_model" in stage.trainable else "frozen"
             size = config.student.parameters * 1e9 * (16 if trained == "trained" else _bytes(stage))
-            table.add_row("  language model", f"{config.student.parameters:g} B as stated, {trained}: {_size(size)}")
+            table.add_row(
+                "  language model", f"{config.student.parameters:g} B as stated, {trained}: {human_bytes(size)}"
+            )
     else:
         _add_parameters(table, config, stage, skeleton)
     Console().print(table)
-
-
-def bytes_per_image(teacher: TeacherConfig) -> int:
-    """Stored bytes of one image's target: the values, and the scales of codecs that have them."""
-    values = teacher.tokens * teacher.width * DTYPES[teacher.codec].itemsize
-    return values + (4 * teacher.tokens if HAS_SCALES[teacher.codec] else 0)
 
 
 def _plan_probe(config: PipelineConfig) -> None:
@@ -91,8 +89,8 @@ def _add_parameters(
     tasks = [config.teachers[task] for task, weight in stage.losses.items() if weight]
     candidates = stage.global_batch * sum(4 * t.tokens * t.width for t in tasks)
     memory = {"frozen": frozen * _bytes(stage), "trained, gradients and AdamW": trained * 16, "candidates": candidates}
-    parts = ", ".join(f"{name} {_size(count)}" for name, count in memory.items() if count)
-    table.add_row("memory per device", f"{_size(sum(memory.values()))} ({parts}) + activations")
+    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in memory.items() if count)
+    table.add_row("memory per device", f"{human_bytes(sum(memory.values()))} ({parts}) + activations")
 
 
 def _samples(config: PipelineConfig, names: list[str]) -> tuple[int, str]:
@@ -145,12 +143,3 @@ def _skeleton(config: PipelineConfig, stage: StageConfig) -> OlaVlmForConditiona
 def _bytes(stage: StageConfig) -> int:
     """Bytes of a frozen parameter; a trained one takes 16: fp32 with its gradient and AdamW's two moments."""
     return 4 if stage.dtype == "float32" else 2
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

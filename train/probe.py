@@ -34,8 +34,6 @@ from train.step import learning_rate
 #: Smooth-L1 only, as published; warm-up as in the stages.
 _WARMUP = 0.03
 _THREADS = 2
-#: A probe bears more gaps than a training: images without a target are left out on both sides.
-_MAX_MISSING = 0.05
 
 Predictors = dict[str, dict[str, EmbeddingPredictor]]  # task → layer → predictor
 Cosines = dict[str, dict[str, float]]  # task → layer → mean cosine on the held-out images
@@ -57,7 +55,8 @@ def probe(config: PipelineConfig) -> None:
     if runs.begin(folder, runs.depends_on(config, "probe")):
         Console().print(f"probe: finished already, see {folder / 'done.json'}")
         return
-    request = Request("probe", (settings.data,), tuple(settings.tasks), settings.view, max_missing=_MAX_MISSING)
+    allow, missing = settings.allow_view_mismatch, settings.max_missing
+    request = Request("probe", (settings.data,), tuple(settings.tasks), settings.view, allow, missing)
     snapshot = Snapshot.open(folder, config, request)
     train, held_out = split(sum(snapshot.sizes), settings.held_out, config.seed)
     file = folder / "probe.json"

@@ -61,3 +61,8 @@ def decode(values: Tensor, scales: Tensor | None, codec: Codec) -> Tensor:
     if scales is None:
         raise ValueError(f"codec {codec} needs scales")
     return values.float() * scales.float()[..., None]
+
+
+def encoded_bytes(tokens: int, width: int, codec: Codec) -> int:
+    """Stored bytes of one image's target: the values, and the scales of codecs that have them."""
+    return tokens * width * DTYPES[codec].itemsize + (4 * tokens if HAS_SCALES[codec] else 0)

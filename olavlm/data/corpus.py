@@ -11,9 +11,6 @@
 
 import hashlib
 import json
-import os
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from olavlm.data.files import OpenFiles
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
@@ -58,7 +56,6 @@ INDEX_SCHEMA = pa.schema(
 )
 
 #: Open tars kept per corpus.
-_DESCRIPTORS = 64
 
 
 def content_hash(data: bytes) -> str:
@@ -101,8 +98,7 @@ class Corpus:
         self.id = corpus_id
         self.tars = tars
         self._by_name = {tar.name: tar for tar in tars}
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
 
     @classmethod
     def open(cls, path: Path | str) -> "Corpus":
@@ -159,9 +155,15 @@ class Corpus:
         Raises:
             OlaError: the tar is gone, has another size than when it was indexed, or ends before the range does.
         """
-        data = self._descriptor(tar).read(nbytes, offset)
+        path = self.tar_path(tar)
+        try:
+            data, size = self._files.pread(path, nbytes, offset), self._files.size(path)
+        except OSError as error:
+            raise OlaError(f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})") from None
+        if size != tar.bytes:
+            raise OlaError(f"{path}: {size} bytes, {tar.bytes} when it was indexed; it was cut or replaced")
         if len(data) != nbytes:
-            raise OlaError(f"{self.tar_path(tar)}: {len(data)} bytes at offset {offset}, expected {nbytes}")
+            raise OlaError(f"{path}: {len(data)} bytes at offset {offset}, expected {nbytes}")
         return data
 
     def verify_tar(self, tar: Tar) -> None:
@@ -177,40 +179,6 @@ class Corpus:
             raise OlaError(f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})") from None
         if found != tar.hash:
             raise OlaError(f"{path}: changed since it was indexed, hash {found}, expected {tar.hash}")
-
-    def _descriptor(self, tar: Tar) -> "_Descriptor":
-        with self._lock:
-            descriptor = self._open.get(tar.name)
-            if descriptor is None:
-                descriptor = self._open[tar.name] = _Descriptor(self, tar)
-                if len(self._open) > _DESCRIPTORS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(tar.name)
-            return descriptor
-
-
-class _Descriptor:
-    """An open tar; closed when the last thread that reads from it has let go."""
-
-    def __init__(self, corpus: Corpus, tar: Tar) -> None:
-        self.number = -1
-        path = corpus.tar_path(tar)
-        try:
-            self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OlaError(
-                f"{path}: tar {tar.name} of corpus {corpus.path} cannot be read ({error.strerror})"
-            ) from None
-        size = os.fstat(self.number).st_size
-        if size != tar.bytes:
-            raise OlaError(f"{path}: {size} bytes, {tar.bytes} when it was indexed; it was cut or replaced")
-
-    def read(self, nbytes: int, offset: int) -> bytes:
-        return os.pread(self.number, nbytes, offset)  # `self` stays alive, so the number stays open
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
 
 
 def conversation(text_member: str, data: bytes) -> list[dict[str, str]]:

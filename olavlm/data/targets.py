@@ -14,9 +14,6 @@ is ``block * images_per_block + row``; the trainer does not need the array, it r
 """
 
 import json
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -31,6 +28,7 @@ import pyarrow.parquet as pq
 from olavlm.config import Codec, Dtype, TeacherConfig, View
 from olavlm.data.atomic import ensure
 from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.files import OpenFiles
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
@@ -224,7 +222,7 @@ class TargetSet:
             self.block = int(content["block"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OlaError(f"{file}: not a target.json ({error!r})") from None
-        self._files = _Files()
+        self._files = OpenFiles()
 
     def commit_file(self, tar: TarId) -> Path:
         """Where the tar's commit is, once it is committed."""
@@ -291,7 +289,7 @@ class TargetSet:
 
     def _pread(self, file: Path, offset: int, count: int, key: str) -> bytes:
         try:
-            data = self._files.pread(file, offset, count)
+            data = self._files.pread(file, count, offset)
         except FileNotFoundError:
             raise OlaError(f"{file}: missing, though the target of sample {key!r} is committed in it") from None
         if len(data) != count:
@@ -305,33 +303,3 @@ def checksum(key: str, scales: bytes, values: bytes) -> int:
     """Crc32c over key, scales and values: a target moved to another sample is as wrong as a damaged one."""
     crc = google_crc32c.extend(google_crc32c.value(key.encode()), scales)
     return int(google_crc32c.extend(crc, values))
-
-
-class _Descriptor:
-    """A file descriptor that lives as long as somebody holds it, so that evicting it cannot close it under a reader."""
-
-    def __init__(self, path: Path):
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
-class _Files:
-    """The most recently used descriptors, shared by threads."""
-
-    def __init__(self, limit: int = 128):
-        self._limit = limit
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def pread(self, path: Path, offset: int, count: int) -> bytes:
-        """Up to `count` bytes at `offset`."""
-        with self._lock:
-            descriptor = self._open.get(path) or _Descriptor(path)
-            self._open[path] = descriptor
-            self._open.move_to_end(path)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
-        return os.pread(descriptor.fd, count, offset)

@@ -11,11 +11,12 @@ from PIL import Image
 
 from featurize.__main__ import main
 from featurize.inspect import SIDE, pictures
-from featurize.plan import bytes_per_image, human_bytes, plan
+from featurize.plan import plan
 from featurize.stage import open_jobs, run_pipeline
 from featurize.verify import verify
 from olavlm import cli
-from olavlm.config import TeacherConfig, load_pipeline
+from olavlm.config import load_pipeline
+from olavlm.data.codec import encoded_bytes
 from olavlm.errors import OlaError
 
 
@@ -60,17 +61,7 @@ def test_bytes_per_image_are_what_the_store_holds(world: Any, finished: Path) ->
     (job,) = open_jobs(config)
     for task, teacher in config.teachers.items():
         row = next(r for r in job.sets[task].commit(job.corpus.tars[0]).to_pylist() if r["status"] == "ok")
-        assert row["values_bytes"] + row["scales_bytes"] == bytes_per_image(teacher)
-
-
-def test_fp16_takes_two_bytes_and_no_scales() -> None:
-    teacher = TeacherConfig(teacher="x", weights="x", input_size=8, grid=2, width=10, codec="fp16")
-    assert bytes_per_image(teacher) == 2 * 2 * 10 * 2
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1480000, "1.48 MB"), (8.27e11, "827 GB")])
-def test_human_bytes(count: float, text: str) -> None:
-    assert human_bytes(count) == text
+        assert row["values_bytes"] + row["scales_bytes"] == encoded_bytes(teacher.tokens, teacher.width, teacher.codec)
 
 
 def test_a_plan_needs_a_count(world: Any, tmp_path: Path) -> None:

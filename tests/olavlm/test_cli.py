@@ -36,3 +36,19 @@ def test_exit_code_of_main_is_kept():
 def test_our_own_bugs_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         cli.run(_raise(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (6400, "6.4 kB"),
+        (2.951e6, "2.95 MB"),
+        (1.65e12, "1.65 TB"),
+        (1e15, "1 PB"),
+    ],
+)
+def test_bytes_for_people(count, text):
+    assert cli.human_bytes(count) == text

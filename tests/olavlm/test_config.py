@@ -23,6 +23,12 @@ def test_overrides_are_typed_and_interpolated():
     assert config.data["pretrain"].corpus == "/elsewhere/corpus/pretrain"
 
 
+def test_an_override_replaces_what_was_there():
+    config = load_pipeline("demo", ["stages.pretrain.losses={}", "student.layers={depth: [1]}"])
+    assert config.stages["pretrain"].losses == {}
+    assert config.student.layers == {"depth": [1]}
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

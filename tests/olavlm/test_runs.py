@@ -38,6 +38,7 @@ def test_a_configuration_that_produced_nothing_is_replaced(tmp_path):
         ("stages.finetune.lr=0.5", "pretrain", False),
         ("stages.pretrain.lr=0.5", "featurize", False),
         ("stages.pretrain.loader_threads=7", "pretrain", False),  # speed only
+        ("stages.pretrain.micro_batch=8", "pretrain", False),  # resumable on another accumulation (promise 5)
         ("teachers.depth.codec=fp16", "featurize", True),
         ("featurize.workers=3", "featurize", False),
         ("stages.finetune.lr=0.5", "evaluate", True),

@@ -78,7 +78,7 @@ def test_byte_ranges_give_the_image_and_the_text(corpus):
 
 
 def test_threads_read_from_more_tars_than_stay_open(corpus, monkeypatch):
-    monkeypatch.setattr("olavlm.data.corpus._DESCRIPTORS", 1)
+    monkeypatch.setattr(corpus._files, "_limit", 1)
     wanted = [(tar, offset) for tar in corpus.tars for offset in range(0, 4096, 64)] * 4
     expected = {tar.name: corpus.tar_path(tar).read_bytes() for tar in corpus.tars}
     with ThreadPoolExecutor(8) as pool:
