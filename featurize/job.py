@@ -67,15 +67,17 @@ class InProcess:
         torch.set_num_threads(self._threads)
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
-        """Every unit's report; the first error ends it, once the units under way are through."""
+        """Every unit's report; the first error, or Ctrl-C, stops the others."""
         with ThreadPoolExecutor(self._settings.workers, "worker") as pool:
             futures = [pool.submit(self._worker.run, unit) for unit in units]
             try:
                 for future in as_completed(futures):
                     yield future.result()
-            finally:
+            except BaseException:
+                self._worker.stop()
                 for future in futures:
                     future.cancel()
+                raise
 
 
 class RayPool:
@@ -119,13 +121,21 @@ class RayPool:
             _temp_dir=self._folder,
             **quiet,
         )
+        wanted = self._settings.workers * self._settings.gpus_per_worker
+        found = self._ray.cluster_resources().get("GPU", 0)
+        if wanted > found:  # the actors would wait forever
+            self._stop()
+            raise OlaError(f"featurize: workers × gpus_per_worker is {wanted:g} GPUs, Ray finds {found:g} here")
+
+    def _stop(self) -> None:
+        if self._folder:
+            self._ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
-        if self._folder:
-            self._ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._stop()
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
         """Every unit on the next free actor. A dead actor is replaced and its tar tried again, `ATTEMPTS` times in all.

@@ -5,6 +5,7 @@ bounded queues, so that memory holds a few batches and one block per teacher wha
 """
 
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,10 @@ class Report:
     forward_seconds: float = 0.0  # of them, in the teachers
 
 
+class Stopped(Exception):
+    """The worker was told to stop; nothing of the tar it was at is committed."""
+
+
 @dataclass
 class _Sample:
     """A row of the index on its way: its image ready for each teacher, or why there is none."""
@@ -86,6 +91,7 @@ class Worker:
             task: teachers.load(config, "cuda" if gpu else "cpu") for task, config in configs.items()
         }
         self.identities = identities
+        self._stop = threading.Event()
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
             if here != identities[task]:
@@ -93,6 +99,10 @@ class Worker:
                 wrong = [f"{k}: {v!r} here, {wanted[k]!r} wanted" for k, v in asdict(here).items() if v != wanted[k]]
                 raise OlaError(f"teacher of {task} on {socket.gethostname()}: {'; '.join(wrong)}")
             _ = teacher.model  # read now: later two threads would
+
+    def stop(self) -> None:
+        """Make every `run` under way, in whatever thread, give up at its next image."""
+        self._stop.set()
 
     def run(self, unit: Unit) -> Report:
         """Commit what the unit lacks. What is committed already, or in another writer's hands, is left alone.
@@ -139,6 +149,8 @@ class Worker:
             written = _Bounded(writing, 4)
             ahead = 2 * max(teacher.config.batch_size for teacher in used.values())
             for sample in _ahead(decoders, prepare, corpus.index(tar).to_pylist(), ahead):
+                if self._stop.is_set():
+                    raise Stopped(f"{report.unit.data}/{tar.name}")
                 report.images += sample.row["image_index"] >= 0
                 for task, teacher in used.items():
                     waiting[task].append(sample)

@@ -44,9 +44,11 @@ class World:
         return Corpus.open(self.folder / "corpus")
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small only lose by more, and lose much where other processes want the cores."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -294,6 +294,21 @@ def test_promise_3_once_a_killed_ray_worker_is_replaced_and_the_store_is_the_sam
     assert tree(tmp_path / "targets") == tree(unbroken / "targets")
 
 
+def test_ctrl_c_stops_at_the_next_image_and_leaves_no_lease(
+    world: Any, tmp_path: Path, unbroken: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(futures: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featurize.job.as_completed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(world.config(tmp_path))
+    assert list(tmp_path.glob("targets/*/leases/*")) == []
+    run_pipeline(world.config(tmp_path))
+    assert tree(tmp_path / "targets") == tree(unbroken / "targets")
+
+
 # ---- refused
 
 
