@@ -1,8 +1,8 @@
 """What can be had without depth: a model of two-dimensional cues, and choosing questions it cannot answer.
 
-Objects lower in the image, bigger, or off a pedestal tend to be closer; a student that learns this much answers 3-D questions without
-depth. So questions are chosen such that a fitted model of the named objects' 2-D boxes is as often wrong as right at every level of
-its confidence, and its score is printed beside the student's.
+Objects lower in the image, bigger, or off a pedestal tend to be closer; a student that learns this much answers 3-D
+questions without depth. So questions are chosen such that a fitted model of the named objects' 2-D boxes is as often
+wrong as right at every level of its confidence, and its score is printed beside the student's.
 """
 
 import itertools
@@ -31,25 +31,41 @@ class BoxModel:
     def right(self, questions: Sequence[Question]) -> Array:
         """The probability it gives to each question's right answer, (n,)."""
         scores = np.array([_features(q) @ self.weights[q.task] * (1 if q.first else -1) for q in questions])
-        return 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
-
-    def accuracy(self, questions: Sequence[Question]) -> float:
-        """Share of questions it answers rightly."""
-        return float((self.right(questions) > 0.5).mean())
+        right: Array = 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
+        return right
 
 
-def without_cues(questions: list[Question], rng: np.random.Generator, rounds: int = 2) -> list[Question]:
-    """Leave out 3-D questions until a `BoxModel` fitted on those that stay is about at chance; others are kept as they are."""
+def without_cues(
+    questions: Sequence[Question], rng: np.random.Generator, reference: Sequence[Question] | None = None
+) -> list[Question]:
+    """The 3-D questions on which fitted `BoxModel`s are as often wrong as right, at every level of confidence.
+
+    Args:
+        questions: any; only those of the tasks in `THREE_D` are looked at, and their order is kept.
+        rng: which of several equally good ones stay.
+        reference: what the models are fitted on, a larger pool for example; default: the questions themselves.
+    """
     kept = [q for q in questions if q.task in THREE_D]
-    for _ in range(rounds):
-        right = BoxModel(kept).right(kept)
-        level = np.minimum(np.abs(right - 0.5) * 20, 7).astype(int)
-        rows = balance(
-            range(len(kept)), lambda i: (kept[i].task, int(level[i])), lambda i: bool(right[i] > 0.5), (True, False), rng
-        )
-        kept = [kept[i] for i in rows]
-    chosen = {id(q) for q in kept}
-    return [q for q in questions if q.task not in THREE_D or id(q) in chosen]
+    pool = kept if reference is None else [q for q in reference if q.task in THREE_D]
+    for _ in range(2):
+        model = BoxModel(pool)
+        evened = _even(pool, model, rng)
+        kept = evened if pool is kept else _even(kept, model, rng)
+        pool = evened
+    return kept
+
+
+def _even(questions: list[Question], model: BoxModel, rng: np.random.Generator) -> list[Question]:
+    right = model.right(questions)
+    level = np.minimum(np.abs(right - 0.5) * 20, 7).astype(int)
+    rows = balance(
+        range(len(questions)),
+        lambda i: (questions[i].task, int(level[i])),
+        lambda i: bool(right[i] > 0.5),
+        (True, False),
+        rng,
+    )
+    return [questions[i] for i in rows]
 
 
 def _features(question: Question) -> Array:

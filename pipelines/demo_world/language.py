@@ -1,6 +1,7 @@
 """What can be said and asked about a scene: captions, CV-Bench's four tasks, conversations.
 
-Captions speak of colours, shapes, order from left to right and surfaces, never of depth: else there would be nothing to distil.
+Captions speak of colours, shapes, order from left to right and surfaces, never of depth: else there would be nothing
+to distil.
 """
 
 import itertools
@@ -11,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipelines.demo_world.scenes import SHAPES, Rendering, Scene
+from pipelines.demo_world.scenes import Rendering, Scene
+from pipelines.demo_world.solids import SHAPES
 
 Rng = np.random.Generator
 T = TypeVar("T")
@@ -20,7 +22,12 @@ TASKS = ("Count", "Relation", "Depth", "Distance")
 LETTERS = "ABCDEF"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ENOUGH_PIXELS = 12  # an object that shows fewer is not asked about
-DESCRIBE = ("Describe the image.", "What is in the image?", "What does the picture show?", "Give a short caption of the image.")
+DESCRIBE = (
+    "Describe the image.",
+    "What is in the image?",
+    "What does the picture show?",
+    "Give a short caption of the image.",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,9 @@ def plural(shape: str) -> str:
 def questions(scene: Scene, rendering: Rendering, rng: Rng) -> list[Question]:
     """Every kind of question the scene admits, a few of each; what is ambiguous in the image is not asked."""
     boxes = [rendering.box(i) for i in range(len(scene.objects))]
-    views = [(*box, float(item.pedestal is not None)) if box else () for box, item in zip(boxes, scene.objects, strict=True)]
+    views: list[tuple[float, ...]] = [
+        (*box, float(item.pedestal is not None)) if box else () for box, item in zip(boxes, scene.objects, strict=True)
+    ]
     seen = [i for i in range(len(boxes)) if rendering.pixels(i) >= ENOUGH_PIXELS]
     pairs = list(itertools.combinations(rng.permutation(seen).tolist(), 2))
     found = _count(scene) if len(seen) == len(boxes) else []
@@ -98,7 +107,9 @@ def _count(scene: Scene) -> list[Question]:
     """How many of a shape (0 to 3), how many objects (2 to 5): always the same four choices, so text tells nothing."""
     shapes = [(plural(s), sum(o.solid.shape == s for o in scene.objects), 0) for s in SHAPES]
     return [
-        Question("Count", what, f"How many {what} are in the image?", tuple(str(first + i) for i in range(4)), number - first)
+        Question(
+            "Count", what, f"How many {what} are in the image?", tuple(str(first + i) for i in range(4)), number - first
+        )
         for what, number, first in [*shapes, ("objects", len(scene.objects), 2)]
         if first <= number < first + 4
     ]
@@ -152,7 +163,8 @@ def text_only(rng: Rng) -> tuple[str, str]:
     style = int(rng.integers(3))
     if style == 0:
         return (
-            f"A room holds {first} {_number(one, first)} and {second} {_number(other, second)}. How many objects are there?",
+            f"A room holds {first} {_number(one, first)} and {second} {_number(other, second)}. "
+            "How many objects are there?",
             f"There are {first + second} objects.",
         )
     if style == 1:
@@ -229,4 +241,3 @@ def _join(parts: list[str]) -> str:
 
 def _number(shape: str, count: int) -> str:
     return shape if count == 1 else plural(shape)
-

@@ -25,6 +25,7 @@ class Samples:
     semantic: NDArray[np.uint8]  # (n, 64, 64) indices into CLASSES
     panoptic: NDArray[np.uint8]  # (n, 64, 64) segment ids
     boxes: list[list[tuple[float, float, float, float] | None]]  # per scene and object, in [0, 1]
+    segment_ids: list[list[int]]  # per scene and object, ids in `panoptic`
 
     def pixels(self, rows: NDArray[np.int64], mean: list[float], std: list[float]) -> Tensor:
         """Normalised images, float32 (len(rows), 3, 64, 64)."""
@@ -33,7 +34,7 @@ class Samples:
 
 
 def render_samples(split: str, count: int, seed: int = 0, workers: int = 2) -> Samples:
-    """The first `count` scenes of a split, rendered by `workers` processes; the result does not depend on their number."""
+    """The first `count` scenes of a split, rendered by `workers` processes, whose number does not matter."""
     scenes, renderings = zip(*render_split(split, count, seed, workers), strict=True)
     return Samples(
         scenes=list(scenes),
@@ -42,6 +43,7 @@ def render_samples(split: str, count: int, seed: int = 0, workers: int = 2) -> S
         semantic=np.stack([r.semantic() for r in renderings]).astype(np.uint8),
         panoptic=np.stack([r.panoptic for r in renderings]).astype(np.uint8),
         boxes=[[r.box(i) for i in range(len(s.objects))] for s, r in zip(scenes, renderings, strict=True)],
+        segment_ids=[[r.segment_id(i) for i in range(len(s.objects))] for s, r in zip(scenes, renderings, strict=True)],
     )
 
 
@@ -81,7 +83,7 @@ def fit(
     for step, chosen in enumerate(batches(rows, batch, steps, seed), 1):
         value = loss(chosen)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

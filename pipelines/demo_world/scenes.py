@@ -1,19 +1,18 @@
 """Small rendered scenes with exact depth and panoptic labels: a vectorised NumPy ray caster.
 
-World frame: x right, y away from the camera, z up, metres; the camera stands at (0, 0, height). Rays are scaled so that the ray
-parameter *is* the distance along the optical axis, which is therefore the depth that is returned.
+World frame: x right, y away from the camera, z up, metres; the camera stands at (0, 0, height). Rays are scaled so
+that the ray parameter *is* the distance along the optical axis, which is therefore the depth that is returned.
 """
 
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Shape = Literal["sphere", "box", "cylinder", "cone"]
-SHAPES: tuple[Shape, ...] = ("sphere", "box", "cylinder", "cone")
+from pipelines.demo_world.solids import SHAPES, Shape, Solid, Vector, intersect, normals_at
+
 #: Panoptic classes; stuff first. A pedestal is a thing of its own.
 CLASSES = ("floor", "wall", "pedestal", *SHAPES)
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -29,29 +28,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 #: Who uses scenes; every split draws from seeds of its own.
 SPLITS = ("pretrain", "finetune", "probe", "benchmark", "teachers", "gates")
 PATTERNS = ("plain", "checked", "striped", "tiled")
-Vector = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class Solid:
-    """One convex solid with a vertical axis, standing at `base` = (x, y, z of its foot)."""
-
-    shape: Shape
-    base: tuple[float, float, float]
-    radius: float  # half the width of a box
-    height: float
-    yaw: float
-    rgb: tuple[float, float, float]
-
-    @property
-    def centre(self) -> Vector:
-        """Middle of the solid, (3,)."""
-        return np.array([self.base[0], self.base[1], self.base[2] + self.height / 2])
-
-    @property
-    def bound(self) -> float:
-        """Radius of a ball around `centre` that holds the solid."""
-        return float(np.hypot(self.radius * (1.4143 if self.shape == "box" else 1.0), self.height / 2))
 
 
 @dataclass(frozen=True)
@@ -140,11 +116,11 @@ class Rendering:
 
     def pixels(self, index: int) -> int:
         """How many pixels show object `index` itself (not its pedestal)."""
-        return int((self.panoptic == self._id(index)).sum())
+        return int((self.panoptic == self.segment_id(index)).sum())
 
     def box(self, index: int) -> tuple[float, float, float, float] | None:
         """Visible 2-D box of object `index` as (left, top, right, bottom) in [0, 1]; None if no pixel shows it."""
-        rows, columns = np.nonzero(self.panoptic == self._id(index))
+        rows, columns = np.nonzero(self.panoptic == self.segment_id(index))
         if not rows.size:
             return None
         size = len(self.panoptic)
@@ -157,7 +133,8 @@ class Rendering:
             table[segment.id] = CLASSES.index(segment.category)
         return table[self.panoptic]
 
-    def _id(self, index: int) -> int:
+    def segment_id(self, index: int) -> int:
+        """Panoptic id of object `index` itself."""
         return next(s.id for s in self.segments if s.object == index and s.category != "pedestal")
 
 
@@ -226,8 +203,10 @@ def _sample_object(rng: np.random.Generator, camera: Camera, shapes: list[Shape]
     grey = rng.uniform(0.35, 0.6) * np.array([1.0, 0.93, 0.82])
     pedestal = None
     if lift:
-        pedestal = Solid("box", (x, y, 0.0), radius * rng.uniform(0.75, 1.1), lift, rng.uniform(0, np.pi / 2), tuple(grey))
-    return Object(colour, Solid(shape, (x, y, lift), radius, height, yaw, rgb), pedestal)  # type: ignore[arg-type]
+        pedestal = Solid(
+            "box", (x, y, 0.0), radius * rng.uniform(0.75, 1.1), lift, rng.uniform(0, np.pi / 2), tuple(grey)
+        )
+    return Object(colour, Solid(shape, (x, y, lift), radius, height, yaw, rgb), pedestal)
 
 
 def _sample_surface(rng: np.random.Generator) -> Surface:
@@ -241,7 +220,11 @@ def _sample_surface(rng: np.random.Generator) -> Surface:
 def _rectangle(camera: Camera, *solids: Solid | None) -> Vector:
     """Projected (left, top, right, bottom) of some solids' bounding boxes, in [-1, 1] over the image, (4,)."""
     corners = [
-        (s.base[0] + dx * s.radius, s.base[1], s.base[2] + dz) for s in solids if s for dx in (-1, 1) for dz in (0, s.height)
+        (s.base[0] + dx * s.radius, s.base[1], s.base[2] + dz)
+        for s in solids
+        if s
+        for dx in (-1, 1)
+        for dz in (0, s.height)
     ]
     seen = camera.project(np.array(corners))[:, :2]
     return np.concatenate([seen.min(axis=0), seen.max(axis=0)])
@@ -251,7 +234,7 @@ def _overlap(a: Vector, b: Vector) -> float:
     """Intersection of two rectangles over the smaller one's area."""
     (al, at, ar, ab), (bl, bt, br, bb) = a.tolist(), b.tolist()
     shared = max(min(ar, br) - max(al, bl), 0.0) * max(min(ab, bb) - max(at, bt), 0.0)
-    return shared / min((ar - al) * (ab - at), (br - bl) * (bb - bt))
+    return float(shared / min((ar - al) * (ab - at), (br - bl) * (bb - bt)))
 
 
 def _touch(a: Object, b: Object) -> bool:
@@ -265,7 +248,8 @@ def render(scene: Scene, size: int = 64) -> Rendering:
     """Cast one ray per pixel, and one shadow ray per hit.
 
     Returns:
-        image uint8, depth float32 and panoptic int32, all (size, size); every id of `segments` that is visible is in `panoptic`.
+        image uint8, depth float32 and panoptic int32, all (size, size); every id of `segments` that is visible is in
+        `panoptic`.
     """
     camera = scene.camera
     solids, segments = _list(scene)
@@ -283,7 +267,7 @@ def render(scene: Scene, size: int = 64) -> Rendering:
     ids = np.where(to_floor <= to_wall, segments[0].id, segments[1].id).astype(np.int32)
     for solid, segment in zip(solids, segments[2:], strict=True):
         hit = _near(camera, solid, rays)
-        t = _intersect(solid, origin, rays[hit])
+        t = intersect(solid, origin, rays[hit])
         closer = t < depth[hit]
         depth[hit[closer]] = t[closer]
         ids[hit[closer]] = segment.id
@@ -298,7 +282,7 @@ def render(scene: Scene, size: int = 64) -> Rendering:
     albedo[on_wall] = _texture(scene.wall, along, points[on_wall, 2])
     for solid, segment in zip(solids, segments[2:], strict=True):
         mine = np.flatnonzero(ids == segment.id)
-        normals[mine] = _normals(solid, points[mine])
+        normals[mine] = normals_at(solid, points[mine])
         albedo[mine] = solid.rgb
 
     light = np.array(scene.light, np.float32)
@@ -334,85 +318,16 @@ def _near(camera: Camera, solid: Solid, rays: Vector) -> NDArray[np.int64]:
 def _shadowed(points: Vector, light: Vector, solids: list[Solid]) -> NDArray[np.bool_]:
     """Which points (n, 3) see no light because a solid is in the way."""
     first = np.cross(light, (0, 0, 1))
-    across = np.stack([first / np.linalg.norm(first), np.cross(light, first / np.linalg.norm(first))]).astype(np.float32)
+    across = np.stack([first / np.linalg.norm(first), np.cross(light, first / np.linalg.norm(first))]).astype(
+        np.float32
+    )
     flat = points @ across.T
     dark = np.zeros(len(points), bool)
     for solid in solids:
         away = flat - across @ solid.centre.astype(np.float32)
         near = np.flatnonzero((np.einsum("ij,ij->i", away, away) < solid.bound**2) & ~dark)
-        dark[near] = np.isfinite(_intersect(solid, points[near], light[None]))
+        dark[near] = np.isfinite(intersect(solid, points[near], light[None]))
     return dark
-
-
-def _local(solid: Solid, vectors: Vector, is_point: bool) -> tuple[Vector, Vector, Vector]:
-    """World vectors (n, 3) in the solid's frame: foot at the origin, yaw undone."""
-    x, y, z = vectors.T
-    if is_point:
-        x, y, z = x - np.float32(solid.base[0]), y - np.float32(solid.base[1]), z - np.float32(solid.base[2])
-    if solid.shape == "box":
-        c, s = np.float32(np.cos(solid.yaw)), np.float32(np.sin(solid.yaw))
-        x, y = c * x + s * y, c * y - s * x
-    return x, y, z
-
-
-def _intersect(solid: Solid, origins: Vector, directions: Vector) -> Vector:
-    """Smallest positive ray parameter at which each ray enters the solid, inf where it misses.
-
-    One of `origins`, `directions` may hold a single vector; both (n, 3) or broadcastable.
-    """
-    ox, oy, oz = _local(solid, np.atleast_2d(origins), True)
-    dx, dy, dz = _local(solid, directions, False)
-    radius, height = np.float32(solid.radius), np.float32(solid.height)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if solid.shape == "box":
-            near, far = np.float32(-np.inf), np.float32(np.inf)
-            for o, d, low, high in ((ox, dx, -radius, radius), (oy, dy, -radius, radius), (oz, dz, np.float32(0), height)):
-                a, b = (low - o) / d, (high - o) / d
-                near, far = np.maximum(near, np.minimum(a, b)), np.minimum(far, np.maximum(a, b))
-            return np.where((near <= far) & (near > 0), near, np.inf)
-        if solid.shape == "sphere":
-            oz = oz - radius
-            a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - radius**2
-        elif solid.shape == "cylinder":
-            a, b, c = dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy - radius**2
-        else:  # a cone: the radius shrinks linearly to 0 at `height`
-            slope = radius / height
-            rest, change = slope * (height - oz), -slope * dz
-            a, b, c = dx * dx + dy * dy - change**2, ox * dx + oy * dy - rest * change, ox * ox + oy * oy - rest**2
-        root = np.sqrt(b * b - a * c)  # NaN where the ray misses: every comparison below is then False
-        best = np.full(root.shape, np.inf, np.float32)
-        for t in ((-b - root) / a, (-b + root) / a):
-            z = oz + t * dz
-            inside = (t > 0) & (t < best)
-            if solid.shape != "sphere":
-                inside &= (z >= 0) & (z <= height)
-            best = np.where(inside, t, best)
-        if solid.shape == "cylinder":
-            t = (height - oz) / dz
-            x, y = ox + t * dx, oy + t * dy
-            best = np.where((t > 0) & (t < best) & (x * x + y * y <= radius**2), t, best)
-    return best
-
-
-def _normals(solid: Solid, points: Vector) -> Vector:
-    """Outward unit normals (n, 3) at surface points (n, 3)."""
-    x, y, z = _local(solid, points, True)
-    if solid.shape == "box":
-        offsets = np.stack([x / solid.radius, y / solid.radius, (z - solid.height / 2) / (solid.height / 2)], axis=-1)
-        face = np.abs(offsets).argmax(axis=-1)
-        local = np.zeros_like(offsets)
-        rows = np.arange(len(offsets))
-        local[rows, face] = np.sign(offsets[rows, face])
-        c, s = np.cos(solid.yaw), np.sin(solid.yaw)
-        return np.stack([c * local[:, 0] - s * local[:, 1], s * local[:, 0] + c * local[:, 1], local[:, 2]], axis=-1)
-    if solid.shape == "sphere":
-        normals = np.stack([x, y, z - solid.radius], axis=-1)
-    elif solid.shape == "cylinder":
-        top = z > solid.height - 1e-3
-        normals = np.stack([np.where(top, 0, x), np.where(top, 0, y), np.where(top, 1, 0)], axis=-1)
-    else:
-        normals = np.stack([x, y, np.hypot(x, y) * solid.radius / solid.height], axis=-1)
-    return normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-6)
 
 
 def _texture(surface: Surface, a: Vector, b: Vector) -> Vector:

@@ -16,7 +16,7 @@ PHRASINGS = 3  # captions per scene
 
 
 def build(tokenizer: PreTrainedTokenizerFast, patch: int) -> CLIPModel:
-    """An untrained CLIP, 4 layers of 96 over square patches, with a text side just big enough for the world's captions."""
+    """An untrained CLIP: 4 layers of 96 over square patches; the text side is just big enough for captions."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -48,15 +48,16 @@ def encode_captions(data: Samples, tokenizer: PreTrainedTokenizerFast, seed: int
     """Captions as ids between BOS and EOS, int64 (PHRASINGS, n, TEXT_LENGTH)."""
     rng = np.random.Generator(np.random.PCG64(seed))
     texts = [f"<s>{caption(scene, rng)}</s>" for _ in range(PHRASINGS) for scene in data.scenes]
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
+    ids: Tensor = encoded.input_ids
     return ids.view(PHRASINGS, len(data.scenes), TEXT_LENGTH)
 
 
 class Captioner(nn.Module):
     """A small decoder that must tell the caption from patch features; dropped after training.
 
-    The contrastive loss asks nothing of patch features; a language model that reads patches wants to find objects in them
-    (the same remedy as in CoCa, arXiv 2205.01917, and SigLIP 2, arXiv 2502.14786).
+    The contrastive loss asks nothing of patch features; a language model that reads patches wants to find objects in
+    them (the same remedy as in CoCa, arXiv 2205.01917, and SigLIP 2, arXiv 2502.14786).
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -121,7 +122,9 @@ def recall(model: CLIPModel, data: Samples, tokenizer: PreTrainedTokenizerFast, 
         rows = np.arange(start, start + among)
         ids = texts[rows]
         images = model.get_image_features(pixel_values=data.pixels(rows, MEAN, STD)).pooler_output
-        words = model.get_text_features(input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()).pooler_output
+        words = model.get_text_features(
+            input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long()
+        ).pooler_output
         best = (F.normalize(images, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1)
         right.append((best == torch.arange(among)).float().mean())
     return float(torch.stack(right).mean())

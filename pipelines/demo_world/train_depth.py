@@ -1,7 +1,5 @@
 """The depth teacher: DepthAnything with a Dinov2 backbone, metric depth, trained on rendered truth."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ WIDTH, LAYERS, PATCH = 96, 4, 8
 
 def build() -> DepthAnythingForDepthEstimation:
     """An untrained teacher: every block feeds the DPT neck, as the target takes the mean of every block."""
-    backbone = Dinov2Config(
+    backbone = Dinov2Config(  # type: ignore[call-arg]
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=3,
@@ -46,7 +44,7 @@ def build() -> DepthAnythingForDepthEstimation:
 
 
 def features(model: DepthAnythingForDepthEstimation, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The target, (n, 64, 96): mean of the final-norm'ed outputs of all blocks without CLS; and the maps the neck takes."""
+    """The target (n, 64, 96), the mean of all blocks' final-norm'ed outputs without CLS; and the maps for the neck."""
     maps = model.backbone(pixels).feature_maps
     return torch.stack([m[:, 1:] for m in maps]).mean(0), maps
 
@@ -54,14 +52,16 @@ def features(model: DepthAnythingForDepthEstimation, pixels: Tensor) -> tuple[Te
 def predict(model: DepthAnythingForDepthEstimation, maps: tuple[Tensor, ...]) -> Tensor:
     """Metres, (n, 64, 64), from the backbone's maps."""
     grid = SIZE // PATCH
-    return model.head(model.neck(list(maps), grid, grid), grid, grid)
+    metres: Tensor = model.head(model.neck(list(maps), grid, grid), grid, grid)
+    return metres
 
 
 def train(data: Samples, steps: int, batch: int = 32, seed: int = 0) -> tuple[DepthAnythingForDepthEstimation, float]:
     """Train from scratch; returns (model in eval mode, seconds).
 
-    The DPT head alone learns to do all the work and leaves the backbone's features poor, yet it is these that are distilled: a linear
-    head, dropped afterwards, must therefore read every patch's 4 × 4 log-depths from the target itself.
+    The DPT head alone learns to do all the work and leaves the backbone's features poor, yet it is these that are
+    distilled: a linear head, dropped afterwards, must therefore read every patch's 4 × 4 log-depths from the target
+    itself.
     """
     torch.manual_seed(seed)
     model = build().train()
@@ -76,7 +76,9 @@ def train(data: Samples, steps: int, batch: int = 32, seed: int = 0) -> tuple[De
             pixels, truth, weight = pixels.flip(-1), truth.flip(-1), weight.flip(-1)
         weight = weight / weight.mean()
         target, maps = features(model, pixels)
-        if rows[1] % 2:  # the head must also read depth from the target alone: that is how stored targets become pictures
+        if (
+            rows[1] % 2
+        ):  # the head must also read depth from the target alone: that is how stored targets become pictures
             maps = (F.pad(target, (0, 0, 1, 0)),) * LAYERS
         dense = (weight * (predict(model, maps).clamp(min=0.1).log() - truth).abs()).mean()
         read = F.pixel_shuffle(reader(target).mT.unflatten(-1, (8, 8)), 4)[:, 0]

@@ -1,6 +1,5 @@
 """The segmentation teacher: OneFormer with a Swin backbone, trained on rendered truth for the semantic task."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ QUERIES = len(CLASSES)
 
 def build() -> OneFormerForUniversalSegmentation:
     """An untrained teacher: 128 px in, stages of 32², 16², 8² and 4² tokens, small decoders."""
-    swin = SwinConfig(
+    swin = SwinConfig(  # type: ignore[call-arg]
         image_size=INPUT,
         patch_size=4,
         embed_dim=EMBED,
@@ -65,7 +64,8 @@ def tokenizer() -> CLIPTokenizer:
 def task_tokens(words: CLIPTokenizer) -> Tensor:
     """The prompt as the processor hands it over: ids, zero where padded, float32 (1, 32)."""
     encoded = words(TASK, padding="max_length", max_length=TASK_LENGTH, truncation=True, return_tensors="pt")
-    return (encoded.input_ids * encoded.attention_mask).float()
+    tokens: Tensor = encoded.input_ids * encoded.attention_mask
+    return tokens.float()
 
 
 def pixels_of(data: Samples, rows: NDArray[np.int64]) -> Tensor:
@@ -102,15 +102,18 @@ def train(
 ) -> tuple[OneFormerForUniversalSegmentation, float]:
     """Train from scratch; returns (model in eval mode, seconds).
 
-    Query k answers for class k, so no matching is needed. A linear head, dropped afterwards, must read every patch's 2 × 2 classes
-    from the target itself: it is the features that are distilled. The decoders, which cost more than the backbone, run on `decoded`
-    images of each batch; in half of the steps they see the target alone, as they do when stored targets become pictures.
+    Query k answers for class k, so no matching is needed. A linear head, dropped afterwards, must read every patch's
+    2 × 2 classes from the target itself: it is the features that are distilled. The decoders, which cost more than
+    the backbone, run on `decoded` images of each batch; in half of the steps they see the target alone, as they do
+    when stored targets become pictures.
     """
     torch.manual_seed(seed)
     model = build().train()
     reader = nn.Linear(WIDTH, 4 * len(CLASSES))
     task = task_tokens(tokenizer())
-    frequency = torch.from_numpy(np.bincount(data.semantic[:500].ravel(), minlength=len(CLASSES)) / data.semantic[:500].size)
+    frequency = torch.from_numpy(
+        np.bincount(data.semantic[:500].ravel(), minlength=len(CLASSES)) / data.semantic[:500].size
+    )
     weight = (frequency.float() + 1e-3) ** -0.5
     weight /= (weight * frequency).sum()
 
@@ -128,7 +131,11 @@ def train(
         return patch + _query_loss(classes[:, :QUERIES], masks[:, :QUERIES], truth[:decoded], weight)
 
     parameters = [*model.model.parameters(), *reader.parameters()]
-    seconds = fit("seg", parameters, loss, len(data.images), batch, steps, lr=1e-3, seed=seed)
+    seconds = 0.0
+    for cycle, share in enumerate(
+        (steps - steps * 2 // 3, steps * 2 // 3)
+    ):  # one warm restart (SGDR, arXiv 1608.03983)
+        seconds += fit("seg", parameters, loss, len(data.images), batch, share, lr=1e-3, seed=seed + cycle)
     return model.eval(), seconds
 
 

@@ -1,6 +1,7 @@
 """Tokenizers of the demo world: one token per word of its language, option letter or mark.
 
-Words it does not know (the captions of real photographs, say) are spelled out, so that every text survives a round trip.
+Words it does not know (the captions of real photographs, say) are spelled out, so that every text survives a round
+trip.
 """
 
 import re
@@ -34,7 +35,7 @@ def tokenizer(words: list[str], max_length: int = 1024) -> PreTrainedTokenizerFa
     core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
     # Words are joined by spaces; marks stick to the word before them.
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token=PAD,
         bos_token=BOS,
@@ -45,4 +46,3 @@ def tokenizer(words: list[str], max_length: int = 1024) -> PreTrainedTokenizerFa
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
-

@@ -1,0 +1,129 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from olavlm.errors import OlaError
+from olavlm.eval import cv_bench
+from pipelines.demo_world.benchmark import SCHEMA
+from pipelines.demo_world.build import TURNS, build_benchmark, build_split
+from pipelines.demo_world.scenes import render, sample_scene, scene_seed
+
+
+@pytest.fixture(scope="module")
+def finetune(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finetune")
+    build_split("finetune", 220, out, seed=0, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("benchmark")
+    build_benchmark(250, out, seed=0, workers=2)
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_same_input_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
+    done: list[int] = []
+    build_split("pretrain", 120, tmp_path / "one", seed=3, workers=1, progress=done.append)
+    build_split("pretrain", 120, tmp_path / "two", seed=3, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert sum(done) == 120
+    build_split("pretrain", 5, tmp_path / "other", seed=4, workers=1)
+    assert contents(tmp_path / "other").keys() & contents(tmp_path / "one").keys()
+    assert not set(contents(tmp_path / "other").values()) & set(contents(tmp_path / "one").values())
+
+
+def test_pretraining_rows_are_captions_of_the_rendered_scene(tmp_path: Path) -> None:
+    rows = json.loads(build_split("pretrain", 3, tmp_path, seed=0, workers=1, truth=True).read_text())
+    for index, row in enumerate(rows):
+        human, gpt = row["conversations"]
+        assert human["from"] == "human"
+        assert human["value"].startswith("<image>\n")
+        assert gpt["from"] == "gpt"
+        truth = render(sample_scene(scene_seed("pretrain", index)))
+        assert (np.asarray(Image.open(tmp_path / row["image"])) == truth.image).all()
+        with np.load(tmp_path / "truth" / f"{row['id']}.npz") as stored:
+            assert (stored["depth"] == truth.depth).all()
+            assert (stored["panoptic"] == truth.panoptic).all()
+            assert stored["segment_classes"].tolist() == [s.category for s in truth.segments]
+
+
+def test_finetuning_rows_ask_as_the_benchmark_does(finetune: Path) -> None:
+    rows = json.loads((finetune / "finetune.json").read_text())
+    assert len({row["id"] for row in rows}) == len(rows)
+    with_image = [row for row in rows if "image" in row]
+    assert len(rows) - len(with_image) == 22
+    for row in with_image:
+        turns = row["conversations"]
+        assert len(turns) in range(2, 2 * TURNS + 1, 2)
+        for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+            asked = human["value"].removeprefix("<image>\n")
+            assert (asked != human["value"]) == (number == 0)
+            question, *_ = asked.split(f"\n{cv_bench.SUFFIX}")
+            assert cv_bench.build_prompt(question) == f"<image>\n{asked}"
+            assert gpt["value"] in ("(A)", "(B)", "(C)", "(D)")
+    for row in rows:
+        if "image" not in row:
+            assert "<image>" not in json.dumps(row)
+
+
+def test_finetuning_letters_are_balanced(finetune: Path) -> None:
+    rows = [row for row in json.loads((finetune / "finetune.json").read_text()) if "image" in row]
+    letters: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        turns = row["conversations"]
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            letters[human["value"].removeprefix("<image>\n").split()[0], gpt["value"]] += 1
+    for word in ("Which", "Estimate"):
+        assert abs(letters[word, "(A)"] - letters[word, "(B)"]) <= 1
+    assert abs(letters["Considering", "(A)"] - letters["Considering", "(B)"]) <= 2
+
+
+def test_unknown_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match="'benchmark', expected pretrain, finetune or probe"):
+        build_split("benchmark", 1, tmp_path, seed=0)
+
+
+def test_benchmark_has_the_published_layout(benchmark: Path) -> None:
+    for file in cv_bench.FILES.values():
+        assert pq.read_schema(benchmark / file).equals(SCHEMA)
+    questions = cv_bench.load(benchmark)
+    assert {(q.task, q.source) for q in questions} == {
+        *((task, source) for task in ("Count", "Relation") for source in ("ADE20K", "COCO")),
+        ("Depth", "Omni3D"),
+        ("Distance", "Omni3D"),
+    }
+    rows = [row for file in cv_bench.FILES.values() for row in pq.read_table(benchmark / file).to_pylist()]
+    assert [row["idx"] for row in rows] == list(range(len(rows)))
+    assert all(row["prompt"].startswith(row["question"]) for row in rows)
+    assert all(row["filename"] == row["image"]["path"] for row in rows)
+
+
+def test_blind_answers_are_near_chance(benchmark: Path) -> None:
+    questions = cv_bench.load(benchmark)
+    counts = Counter(q.task for q in questions)
+    for task in ("Relation", "Depth", "Distance"):
+        letters = Counter(q.answer for q in questions if q.task == task)
+        assert abs(letters["A"] - letters["B"]) <= 2
+    baselines = json.loads((benchmark / "baselines.json").read_text())
+    assert baselines["chance"] == {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
+    for task, chance in baselines["chance"].items():
+        assert counts[task] > 100
+        assert abs(baselines["blind"][task] - chance) < 3 * (chance * (1 - chance) / counts[task]) ** 0.5
+    assert baselines["2-D boxes"].keys() == baselines["chance"].keys()
+    assert baselines["2-D boxes"]["Depth"] < 0.7
+
+
+def test_benchmark_is_reproducible(benchmark: Path, tmp_path: Path) -> None:
+    build_benchmark(250, tmp_path, seed=0, workers=1)
+    assert contents(tmp_path) == contents(benchmark)
