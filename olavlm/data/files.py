@@ -20,7 +20,8 @@ class OpenFiles:
         Raises:
             OSError: the file cannot be opened or read.
         """
-        return os.pread(self._descriptor(path).fd, count, offset)  # the temporary keeps the descriptor open
+        descriptor = self._descriptor(path)  # a name of its own keeps it open until the read is done
+        return os.pread(descriptor.fd, count, offset)
 
     def size(self, path: Path) -> int:
         """Bytes of the file as it was opened; as cheap as a lookup once it is open."""
