@@ -4,10 +4,7 @@ Each training runs in a process and one thread of its own, two at a time: small 
 """
 
 import json
-import pickle
-import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -53,12 +50,9 @@ def train_all(out: Path, quick: bool = False) -> None:
     sizes = QUICK if quick else FULL
     told = [t for chunk in tell("teachers", sizes["read"], 0, 2) for t in chunk]
     material = Material(render_samples("teachers", sizes["train"]), render_samples("gates", sizes["test"]), told, sizes)
-    with tempfile.TemporaryDirectory() as scratch:
-        shared = Path(scratch) / "material.pickle"
-        shared.write_bytes(pickle.dumps(material))
-        with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            running = {name: pool.submit(_run, job, shared, out) for name, job in JOBS.items()}
-            measured = {name: future.result() for name, future in running.items()}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        running = {name: pool.submit(job, material, out) for name, job in JOBS.items()}
+        measured = {name: future.result() for name, future in running.items()}
     measured["gen"] |= gates.generation(
         CLIPVisionModelWithProjection.from_pretrained(out / "gen" / "image_encoder", dtype=torch.float32),
         CLIPVisionModel.from_pretrained(out / "student" / "vision", dtype=torch.float32),
@@ -69,10 +63,9 @@ def train_all(out: Path, quick: bool = False) -> None:
     print(card)
 
 
-def _run(job: Callable[[Material, Path], Numbers], shared: Path, out: Path) -> Numbers:
+def _one_thread() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return job(pickle.loads(shared.read_bytes()), out)
 
 
 def depth_teacher(material: Material, out: Path) -> Numbers:
@@ -145,10 +138,11 @@ def language_model(material: Material, out: Path) -> Numbers:
     return {"seconds": seconds, "perplexity": perplexity}
 
 
+#: The longest first.
 JOBS = {
+    "seg": segmentation_teacher,
     "student": student_tower,
     "depth": depth_teacher,
-    "seg": segmentation_teacher,
     "gen": generation_teacher,
     "llm": language_model,
 }
@@ -221,12 +215,12 @@ CARD = """# Weights of the demo world
 Small models of the real architectures, in the hub's own folder layouts, trained from nothing on {train} rendered
 scenes by `python -m pipelines teachers`. They know this world only. Apache-2.0, as the code.
 
-| folder | what | MB | steps | seconds |
+| folder | what | MB | steps | CPU seconds |
 |---|---|---|---|---|
 {rows}
 
-{total:.2f} MB in all, float16 safetensors. Two trainings at a time, one thread each; {minutes:.0f} minutes in all
-(torch {torch}, transformers {transformers}, CPU).
+{total:.2f} MB in all, float16 safetensors. Two trainings at a time, one thread each: {minutes:.0f} minutes on two cores
+(torch {torch}, transformers {transformers}).
 
 Measured on {test} other scenes, with the stored weights:
 
@@ -234,15 +228,12 @@ Measured on {test} other scenes, with the stored weights:
 |---|---|---|
 {numbers}
 
-- `delta1`: share of pixels whose depth is within a factor of 1.25; `_from_target`: by the teacher's own head from the
-stored
-  target alone. `probe_r2`: ridge regression from the target, averaged over an object's pixels, to the object's
-  log-depth; the same from the student's tower (`probe_r2_tower`) and from 2-D box position and size
-  (`probe_r2_boxes`).
+- `delta1`: share of pixels whose depth is within a factor of 1.25; `_from_target`: by the teacher's own head from
+  the stored target alone. `probe_r2`: ridge regression from the target, averaged over an object's pixels, to the
+  object's log-depth; `_tower`: the same from the student's tower; `_boxes`: from 2-D box position and size.
 - `miou`: seven classes, 64 px; `_from_target`: by the teacher's own decoders from the stored target alone.
 - `recall_at_1_of_256`: an image's own caption among 256. `r2_from_tower`: how much of the generation target a linear
-map from the
-  student's own image embedding explains; near 1 the target would be trivial.
+  map from the student's own image embedding explains; near 1 the target would be trivial.
 - `perplexity`: per token, on held-out text.
 
 Image mean and standard deviation: ImageNet's for `depth` and `seg`, CLIP's for `gen` and `student/vision`.

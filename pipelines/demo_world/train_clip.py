@@ -87,7 +87,7 @@ def train(
     batch: int = 128,
     seed: int = 0,
 ) -> tuple[CLIPModel, float]:
-    """Train from scratch, contrastively and, if asked, by captioning from the last layer but one; (model, seconds)."""
+    """Train from scratch, contrastively and, if asked, by captioning too; returns (model in eval mode, CPU seconds)."""
     torch.manual_seed(seed)
     model = build(tokenizer, patch).train()
     captioner = Captioner(len(tokenizer)) if captioning else None

@@ -57,7 +57,7 @@ def predict(model: DepthAnythingForDepthEstimation, maps: tuple[Tensor, ...]) ->
 
 
 def train(data: Samples, steps: int, batch: int = 32, seed: int = 0) -> tuple[DepthAnythingForDepthEstimation, float]:
-    """Train from scratch; returns (model in eval mode, seconds).
+    """Train from scratch; returns (model in eval mode, CPU seconds).
 
     The DPT head alone learns to do all the work and leaves the backbone's features poor, yet it is these that are
     distilled: a linear head, dropped afterwards, must therefore read every patch's 4 × 4 log-depths from the target

@@ -54,7 +54,7 @@ def build(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(
     told: list[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 16, seed: int = 0
 ) -> tuple[LlamaForCausalLM, float, float]:
-    """Next-token prediction on packed chats; returns (model in eval mode, seconds, perplexity on 32 held-out rows)."""
+    """Next-token prediction on packed chats; (model in eval mode, CPU seconds, perplexity on 32 held-out rows)."""
     torch.manual_seed(seed)
     model = build(words).train()
     chats = words.apply_chat_template(read(told), tokenize=False)

@@ -100,7 +100,7 @@ def target_only(model: OneFormerForUniversalSegmentation, maps: list[Tensor], ta
 def train(
     data: Samples, steps: int, batch: int = 24, decoded: int = 8, seed: int = 0
 ) -> tuple[OneFormerForUniversalSegmentation, float]:
-    """Train from scratch; returns (model in eval mode, seconds).
+    """Train from scratch; returns (model in eval mode, CPU seconds).
 
     Query k answers for class k, so no matching is needed. A linear head, dropped afterwards, must read every patch's
     2 × 2 classes from the target itself: it is the features that are distilled. The decoders, which cost more than
