@@ -108,7 +108,7 @@ def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
     model, processor = student.start(config, "pretrain")
     parts = student.prepare(model, settings, world.device)
     parameters = [p for pairs in parts.values() for _, p in pairs]
-    samples = stage.order_of(snapshot, settings, config.seed).batch(0)[:BATCH]
+    samples = stage.order_of(snapshot, "pretrain", settings, config.seed).batch(0)[:BATCH]
     loader = Loader(snapshot, processor, list(tasks), settings.max_length, range(1), lambda _: [samples], 1)
     loaded = {task: teachers.load(config.teachers[task]) for task in tasks}
     batched, single = Online(loaded, snapshot, BATCH), Online(loaded, snapshot, 1)
