@@ -4,6 +4,7 @@ ARGS ?=
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP = $(RUN) -m pip install --disable-pip-version-check --no-compile -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo teachers bench test lint clean
@@ -14,9 +15,10 @@ help:  ## this list
 
 # Everything is pinned by constraints.txt; byte-compiling is left to the first import, which halves the installation.
 $(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt torch
-	$(RUN) -m pip install --disable-pip-version-check --no-compile --progress-bar off -q -c constraints.txt -e '.[dev]'
+	@echo "installing into $(VENV): a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 setup: $(VENV)/ready  ## make .venv with everything in it

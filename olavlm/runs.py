@@ -78,7 +78,8 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
     file = folder / "config.yaml"
     plain = json.loads(json.dumps(config))
     wanted = _flat(plain)
-    if any(path.name != file.name for path in folder.iterdir()):  # else it was refused before it produced anything
+    # Otherwise the stage was refused, or killed, before it produced anything.
+    if any(path.name != file.name and not path.name.startswith(".") for path in folder.iterdir()):
         found = _flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
         changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
         if changed:
