@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -54,8 +55,12 @@ def run(config: PipelineConfig, pipeline: str, overrides: list[str]) -> int:
         if code := _start(stage, pipeline, overrides):
             return code
         ran += 1
-    if code := _start("report", pipeline, overrides):
-        return code
+    page = Path(config.run_dir) / "report.html"
+    if ran or not page.exists():
+        if code := _start("report", pipeline, overrides):
+            return code
+    else:
+        console.print(f"report: {page}")
     console.print(f"{ran} of {len(stages)} stages ran, {time.monotonic() - started:.0f} s in all")
     return 0
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval.cv_bench import build_prompt
-from pipelines.demo_world.benchmark import write_benchmark
 from pipelines.demo_world.cues import without_cues
 from pipelines.demo_world.language import DESCRIBE, Question, balance, caption, deal_letters, questions, text_only
 from pipelines.demo_world.processes import CHUNK, in_processes
@@ -88,6 +87,8 @@ def build_benchmark(scenes: int, out: Path, seed: int, workers: int = 2) -> None
     Up to `scenes` questions per task, balanced; the baselines are fitted on questions about scenes of the finetune
     split.
     """
+    from pipelines.demo_world.benchmark import write_benchmark  # scikit-learn: no rendering process should wait for it
+
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index("benchmark")]))
     known = [q for chunk in tell("finetune", FITTING_SCENES, seed, workers) for t in chunk for q in t.questions]
     told = [t for chunk in tell("benchmark", scenes, seed, workers) for t in chunk]

@@ -16,13 +16,15 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def started(config, monkeypatch):
+def started(config, monkeypatch, tmp_path):
     """Replaces the stages' processes: each finishes at once, or with the exit code asked for."""
     calls, codes = [], {}
 
     def start(stage, pipeline, overrides):
         calls.append((stage, pipeline, tuple(overrides)))
-        if not codes.get(stage) and stage != "report":
+        if stage == "report":
+            (tmp_path / "report.html").touch()
+        elif not codes.get(stage):
             runs.begin(runs.stage_dir(config, stage), runs.depends_on(config, stage))
             runs.finish(runs.stage_dir(config, stage), {})
         return codes.get(stage, 0)
@@ -45,7 +47,7 @@ def test_finished_stages_are_skipped(config, started):
     runner.run(config, "demo", [])
     calls.clear()
     assert runner.run(config, "demo", []) == 0
-    assert [stage for stage, *_ in calls] == ["report"]
+    assert not calls
 
 
 def test_a_failing_stage_ends_the_run_with_its_code_and_is_tried_again(config, started):
