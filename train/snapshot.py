@@ -173,8 +173,7 @@ class Snapshot:
             OlaError: corpus or targets are missing, changed since they were pinned, of another corpus, teacher or view;
                 or more than ``max_missing`` of the images lack something. The message says what, and how to go on.
         """
-        corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}
-        targets = {name: _find_targets(config, request, name, corpora[name]) for name in request.data}
+        corpora, targets = find_data(config, request)
         file = folder / "snapshot.json"
         if not file.exists():
             _pin(folder, request, corpora, targets)
@@ -186,6 +185,16 @@ class Snapshot:
                 raise OlaError(f"{file}: pinned corpus {then}, data.{name}.corpus is now {corpus.id}")
             _check(file, corpus, targets[name], pinned[name])
         return cls(corpora, targets, pinned, np.load(folder / "group_keys.npy", mmap_mode="r"))
+
+
+def find_data(config: PipelineConfig, request: Request) -> tuple[dict[str, Corpus], dict[str, dict[str, TargetSet]]]:
+    """The corpora asked for, and every task's target set of each, by data name; nothing is written.
+
+    Raises:
+        OlaError: one is missing, or of another corpus, teacher or view than the pipeline states (promise 7).
+    """
+    corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}
+    return corpora, {name: _find_targets(config, request, name, corpus) for name, corpus in corpora.items()}
 
 
 def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: Corpus) -> dict[str, TargetSet]:

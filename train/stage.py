@@ -26,7 +26,7 @@ from train import checkpoint, metrics, student
 from train.distributed import World
 from train.loader import Loader, MicroBatch
 from train.order import Order, quotas, rank_share
-from train.snapshot import Request, Snapshot
+from train.snapshot import Request, Snapshot, find_data
 from train.step import Objective, accumulate, learning_rate
 
 
@@ -58,11 +58,15 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     weights = {task: weight for task, weight in stage.losses.items() if weight}
-    snapshot = open_snapshot(folder, config, request(name, stage, tuple(weights)), world)
+    wanted = request(name, stage, tuple(weights))
+    find_data(
+        config, wanted
+    )  # a wrong path is told before a large model is loaded, and both before anything is written
+    model, processor = student.start(config, name)
+    snapshot = open_snapshot(folder, config, wanted, world)
     order = order_of(snapshot, name, stage, config.seed)
     steps = total_steps(order, stage)
 
-    model, processor = student.start(config, name)
     processor.view = stage.view
     parts = student.prepare(model, stage, world.device)
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}

@@ -177,3 +177,11 @@ def test_losses_of_weight_zero_are_off(world: Any, tmp_path: Path) -> None:
     run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=2", *off), "pretrain")
     assert not any("/" in key for key in read(tmp_path / "pretrain")[0])
     assert json.loads((tmp_path / "pretrain" / "snapshot.json").read_text())["tasks"] == []
+
+
+def test_a_refused_student_leaves_nothing_that_a_corrected_one_would_stumble_over(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match=r"depth\.layers: 9; expected integers from 1 to 2"):
+        run(world.config(f"run_dir={tmp_path}", "student.layers.depth=[9]"), "pretrain")
+    assert [file.name for file in (tmp_path / "pretrain").iterdir()] == ["config.yaml"]
+    run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
+    assert runs.finished(tmp_path / "pretrain")
