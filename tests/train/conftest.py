@@ -231,6 +231,7 @@ def _pipeline(folder: Path) -> dict[str, object]:
             "steps": 4,
             "batch": 8,
             "max_length": 128,
+            "max_missing": 0.1,
         },
     }
 

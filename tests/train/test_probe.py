@@ -27,7 +27,7 @@ def test_the_split_is_disjoint_and_complete(samples: int, held_out: float, seed:
 
 
 def test_every_student_layer_and_task_is_probed_on_the_same_images(world: Any, tmp_path: Path) -> None:
-    config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1", "probe.max_missing=0.05")
+    config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1")
     with pytest.raises(OlaError, match="no model here"):
         probe(config)
     run(config, "pretrain")
