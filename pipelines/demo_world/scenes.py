@@ -144,7 +144,7 @@ def scene_seed(split: str, index: int, seed: int = 0) -> int:
 
 
 def sample_scene(seed: int) -> Scene:
-    """Draw a scene: 2 to 6 objects of distinct (colour, shape), each clearly inside the image and mostly unoccluded.
+    """Draw a scene: 2 to 5 objects of distinct (colour, shape), each clearly inside the image and mostly unoccluded.
 
     Sizes and pedestal heights vary widely on purpose: apparent size and height in the image must not give depth away.
     """
@@ -155,7 +155,7 @@ def sample_scene(seed: int) -> Scene:
         roll=rng.uniform(-0.05, 0.05),
         tan_half_fov=rng.uniform(0.48, 0.66),
     )
-    wanted = int(rng.integers(2, 7))
+    wanted = int(rng.integers(2, 6))
     shapes = [SHAPES[i] for i in rng.choice(len(SHAPES), size=int(rng.integers(1, 4)), replace=False)]
     objects: list[Object] = []
     rectangles: list[Vector] = []
@@ -165,7 +165,7 @@ def sample_scene(seed: int) -> Scene:
         candidate = _sample_object(rng, camera, shapes)
         rectangle = _rectangle(camera, candidate.solid)
         width, height = rectangle[2] - rectangle[0], rectangle[3] - rectangle[1]
-        if np.abs(rectangle).max() > 0.98 or min(width, height) < 0.19:
+        if np.abs(rectangle).max() > 0.98 or min(width, height) < 0.25:
             continue
         if any(o.name == candidate.name or _touch(candidate, o) for o in objects):
             continue
@@ -195,7 +195,7 @@ def _sample_object(rng: np.random.Generator, camera: Camera, shapes: list[Shape]
     colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
     y = rng.uniform(2.6, 8.5)
     x = rng.uniform(-1, 1) * y * camera.tan_half_fov * 0.9
-    radius = float(np.exp(rng.uniform(np.log(0.28), np.log(0.85))))
+    radius = float(np.exp(rng.uniform(np.log(0.34), np.log(0.95))))
     height = 2 * radius if shape == "sphere" else radius * rng.uniform(1.5, 2.4)
     lift = rng.uniform(0.25, 1.5) if rng.random() < 0.55 else 0.0
     yaw = rng.uniform(0, np.pi / 2)
