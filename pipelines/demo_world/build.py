@@ -15,7 +15,7 @@ from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.cues import without_cues
 from pipelines.demo_world.language import DESCRIBE, Question, balance, caption, deal_letters, questions, text_only
 from pipelines.demo_world.processes import CHUNK, in_processes
-from pipelines.demo_world.scenes import SPLITS, Rendering, render, sample_scene, scene_seed
+from pipelines.demo_world.scenes import SPLITS, Rendering, Scene, render, sample_scene, scene_seed
 
 TURNS = 4  # most questions in one conversation
 SCENES_PER_TEXT = 10  # a row without an image for so many scenes
@@ -33,6 +33,7 @@ class Told:
     png: bytes
     caption: list[Turn]
     questions: list[Question]
+    scene: Scene
     rendering: Rendering
 
 
@@ -122,6 +123,7 @@ def _tell_one(split: str, seed: int, index: int) -> Told:
         png=stream.getvalue(),
         caption=[_turn("human", ask), _turn("gpt", caption(scene, rng))],
         questions=questions(scene, rendering, rng),
+        scene=scene,
         rendering=rendering,
     )
 

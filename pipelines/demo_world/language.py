@@ -21,6 +21,7 @@ T = TypeVar("T")
 TASKS = ("Count", "Relation", "Depth", "Distance")
 LETTERS = "ABCDEF"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+LAYOUT = 8  # cells along a side of the map in words: the patches of the student's tower
 ENOUGH_PIXELS = 12  # an object that shows fewer is not asked about
 DESCRIBE = (
     "Describe the image.",
@@ -174,6 +175,24 @@ def text_only(rng: Rng) -> tuple[str, str]:
         f"The {one} is to the left of the {other}. Where is the {other}?",
         f"The {other} is to the right of the {one}.",
     )
+
+
+def layout(scene: Scene, rendering: Rendering) -> str:
+    """The image as a map in words, ``LAYOUT × LAYOUT`` of them in reading order: what each cell shows most of.
+
+    Objects are one word each (``red_sphere``) and win a cell of which they fill a quarter. No depth is in it.
+    """
+    words = {
+        s.id: s.category if s.object is None or s.category == "pedestal" else scene.objects[s.object].name
+        for s in rendering.segments
+    }
+    side = len(rendering.panoptic) // LAYOUT
+    cells = rendering.panoptic.reshape(LAYOUT, side, LAYOUT, side).swapaxes(1, 2).reshape(LAYOUT**2, side**2)
+    filled = np.stack([(cells == id).sum(axis=1) for id in words], axis=1)
+    objects = np.array([" " in word for word in words.values()])
+    most = np.where(objects & (filled >= side**2 / 4), filled + side**2, filled).argmax(axis=1)
+    names = [word.replace(" ", "_") for word in words.values()]
+    return " ".join(names[i] for i in most)
 
 
 def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:
