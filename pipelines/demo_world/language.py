@@ -74,9 +74,14 @@ def caption(scene: Scene, rng: Rng) -> str:
         counts = [(NUMBERS[n], s) for s in SHAPES if (n := sum(o.solid.shape == s for o in scene.objects))]
         text = f"There are {_join([f'{n} {s if n == NUMBERS[1] else plural(s)}' for n, s in counts])}: {_join(things)}."
     if rng.random() < 0.5:
-        text += f" The floor is {scene.floor.pattern} and the wall is {scene.wall.pattern}."
+        text += f" {surfaces(scene)}"
     above = _stacked(scene, rng)
     return f"{text} {above}" if above and rng.random() < 0.5 else text
+
+
+def surfaces(scene: Scene) -> str:
+    """One sentence on floor and wall."""
+    return f"The floor is {scene.floor.pattern} and the wall is {scene.wall.pattern}."
 
 
 def plural(shape: str) -> str:
