@@ -32,17 +32,23 @@ def main() -> int:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key of the pipeline")
-    teachers = commands.add_parser("teachers", help="retrain the demo world's teachers and student base from scratch")
+    teachers = commands.add_parser(
+        "teachers", help="train the demo world's teachers and student base from nothing; measure them"
+    )
     teachers.add_argument("--out", type=Path, default=Path("runs/teachers"), help="where they go (%(default)s)")
     teachers.add_argument("--quick", action="store_true", help="a few steps each: checks the recipe, not the weights")
+    teachers.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="train these only: seg, student, depth, gen, llm"
+    )
+    teachers.add_argument("--measure", action="store_true", help="train nothing: gates, comparison and card of --out")
     bench = commands.add_parser("bench", help="measured ratios: stored targets against teachers in the training step")
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
     args = parser.parse_args()
 
     if args.command == "teachers":
-        from pipelines.demo_world.recipe import train_all
+        from pipelines.demo_world.make_teachers import make_teachers
 
-        train_all(args.out, quick=args.quick)
+        make_teachers(args.out, quick=args.quick, only=args.only, train=not args.measure)
         return 0
     if args.command == "bench":
         from pipelines.bench import bench as run_bench

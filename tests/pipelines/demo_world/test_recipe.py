@@ -1,49 +1,122 @@
+"""The recipe, a few steps each: it makes what ships, the same bytes every time, and goes on where it was stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from pipelines.demo_world import recipe
-from pipelines.demo_world.build import tell
-from pipelines.demo_world.recipe import JOBS, QUICK, Material
-from pipelines.demo_world.samples import batches, render_samples
+from olavlm.errors import OlaError
+from pipelines.demo_world import make_teachers
+from pipelines.demo_world.make_teachers import RECORD, SHIPPED, Record, compare, is_current, recipe_hash
+from pipelines.demo_world.recipe import JOBS, QUICK
+from pipelines.demo_world.samples import batches
+
+WRITTEN = {RECORD, "MODEL_CARD.md", "gates.json", "teachers.png"}
 
 
 @pytest.fixture(scope="module")
-def material() -> Material:
-    told = [t for chunk in tell("teachers", 40, 0, 1) for t in chunk]
-    return Material(render_samples("teachers", 128, workers=1), render_samples("gates", 256, workers=1), told, QUICK)
-
-
-@pytest.fixture(scope="module")
-def trained(material: Material, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("weights")
-    return out, {name: job(material, out) for name, job in JOBS.items()}
+    make_teachers.train_missing(out, quick=True)
+    return out
 
 
-def test_recipe_makes_what_ships(trained: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    """Same files, tensors and shapes as the shipped weights, whose card names every folder."""
-    out, measured = trained
-    shipped = Path(recipe.__file__).parent / "weights"
-    files = {str(f.relative_to(shipped)) for f in shipped.rglob("*") if f.is_file()}
-    assert {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()} | {"MODEL_CARD.md"} == files
-    for file in sorted(f for f in files if f.endswith(".safetensors")):
-        ours, theirs = load_file(out / file), load_file(shipped / file)
+def _files(folder: Path) -> set[str]:
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name not in WRITTEN}
+
+
+def test_recipe_makes_what_ships(trained: Path) -> None:
+    """Same files, tensors and shapes as the shipped weights; a record in every folder and nothing half-made."""
+    assert _files(trained) == _files(SHIPPED)
+    for file in sorted(f for f in _files(SHIPPED) if f.endswith(".safetensors")):
+        ours, theirs = load_file(trained / file), load_file(SHIPPED / file)
         # Not the first dimension: how many words the language model knows depends on how much was read.
         assert {k: (v.dtype, v.shape[1:]) for k, v in ours.items()} == {
             k: (v.dtype, v.shape[1:]) for k, v in theirs.items()
         }
-    card = recipe.model_card(out, measured, QUICK, 60.0)
-    assert all(f"`{folder}`" in card for folder in recipe.FOLDERS.values())
+    for name, job in JOBS.items():
+        record = Record.read(trained / job.folder)
+        assert record is not None
+        assert record.steps == QUICK.steps[name]
+        assert record.cpu_seconds > 0
+        assert is_current(trained, name, QUICK)
 
 
-def test_same_seed_same_weights(
-    trained: tuple[Path, dict[str, dict[str, float]]], material: Material, tmp_path: Path
+def test_what_is_finished_is_left_alone_and_what_is_damaged_made_anew(
+    trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    JOBS["depth"](material, tmp_path)
-    once, again = (load_file(folder / "depth" / "model.safetensors") for folder in (trained[0], tmp_path))
-    assert all(torch.equal(once[name], again[name]) for name in once)
+    before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
+    make_teachers.train_missing(trained, quick=True)
+    assert {f: f.stat().st_mtime_ns for f in trained.rglob("*")} == before
+
+    weights = trained / "depth" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    capfd.readouterr()
+    make_teachers.train_missing(trained, quick=True)
+    assert weights.read_bytes() == good, "same seed, same bytes"
+    finished = [line for line in capfd.readouterr().out.splitlines() if "finished, " in line]
+    assert [line.partition(":")[0] for line in finished] == ["depth"]
+
+
+def test_the_command_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines", "teachers", "--quick", "--only", "depth", "gen", "--out", tmp_path]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=60)  # returns when the last process that could write has ended
+    assert process.returncode == 130, rest
+    assert "again" in rest
+    make_teachers.train_missing(tmp_path, quick=True, only=["depth", "gen"])
+    assert all(is_current(tmp_path, name, QUICK) for name in ("depth", "gen"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_hash_covers_what_the_result_depends_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Comments and docstrings do not matter; code at any depth, sizes and steps do, of this job only."""
+    root = Path(make_teachers.ROOT)
+    (tmp_path / "pipelines").mkdir()
+    world = tmp_path / "pipelines" / "demo_world"
+    world.mkdir()
+    for file in (root / "pipelines" / "demo_world").glob("*.py"):
+        (world / file.name).write_text(file.read_text())
+    monkeypatch.setattr(make_teachers, "ROOT", tmp_path)
+
+    def changed(file: str, text: str) -> set[str]:
+        before = {name: recipe_hash(name, QUICK) for name in JOBS}
+        (world / file).write_text((world / file).read_text() + text)
+        return {name for name in JOBS if recipe_hash(name, QUICK) != before[name]}
+
+    assert changed("scenes.py", "# a remark\n") == set()
+    assert changed("train_depth.py", "X = 1\n") == {"depth"}
+    assert changed("solids.py", "X = 1\n") == set(JOBS), "scenes import it"
+    assert changed("benchmark.py", "X = 1\n") == set()
+    sizes = make_teachers.Sizes(QUICK.train, QUICK.judge, QUICK.read, {**QUICK.steps, "gen": 5})
+    assert {name for name in JOBS if recipe_hash(name, sizes) != recipe_hash(name, QUICK)} == {"gen"}
+
+
+def test_weights_are_compared(trained: Path, tmp_path: Path) -> None:
+    assert set(compare(trained, trained).values()) == {"equal byte for byte"}
+    assert "missing" in compare(trained, tmp_path)["depth"]
+    assert "largest difference" in compare(trained)["depth"]
+
+
+def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match="no training is called deep"):
+        make_teachers.train_missing(tmp_path, only=["deep"])
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": "?"}))
+    with pytest.raises(OlaError, match=RECORD):
+        Record.read(tmp_path)
 
 
 def test_batches_are_epochs_in_random_order() -> None:
