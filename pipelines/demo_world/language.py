@@ -182,10 +182,10 @@ def text_only(rng: Rng) -> tuple[str, str]:
     )
 
 
-def layout(scene: Scene, rendering: Rendering) -> str:
-    """The image as a map in words, ``LAYOUT × LAYOUT`` of them in reading order: what each cell shows most of.
+def layout(scene: Scene, rendering: Rendering) -> list[str]:
+    """The image as a map in words, ``LAYOUT × LAYOUT`` cells in reading order: what each shows most of.
 
-    Objects are one word each (``red_sphere``) and win a cell of which they fill a quarter. No depth is in it.
+    An object (``red sphere``) wins a cell of which it fills a quarter. No depth is in it.
     """
     words = {
         s.id: s.category if s.object is None or s.category == "pedestal" else scene.objects[s.object].name
@@ -196,8 +196,8 @@ def layout(scene: Scene, rendering: Rendering) -> str:
     filled = np.stack([(cells == id).sum(axis=1) for id in words], axis=1)
     objects = np.array([" " in word for word in words.values()])
     most = np.where(objects & (filled >= side**2 / 4), filled + side**2, filled).argmax(axis=1)
-    names = [word.replace(" ", "_") for word in words.values()]
-    return " ".join(names[i] for i in most)
+    names = list(words.values())
+    return [names[i] for i in most]
 
 
 def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:

@@ -28,7 +28,7 @@ class Sizes:
     steps: dict[str, int]
 
 
-FULL = Sizes(16000, 1024, 1000, {"seg": 2400, "student": 800, "depth": 1500, "gen": 600, "llm": 400})
+FULL = Sizes(12000, 1024, 6000, {"seg": 3600, "depth": 3600, "student": 1000, "gen": 1300, "llm": 2000})
 QUICK = Sizes(128, 256, 80, {"seg": 3, "student": 2, "depth": 2, "gen": 2, "llm": 2})
 
 
@@ -59,14 +59,14 @@ def segmentation_teacher(material: Material, steps: int, seed: int, folder: Path
     train_segmentation.tokenizer().save_pretrained(folder)
     things = [i for i, name in enumerate(CLASSES) if name not in ("floor", "wall")]
     names = {"class_names": list(CLASSES), "thing_ids": things, **{str(i): name for i, name in enumerate(CLASSES)}}
-    side, length = train_segmentation.INPUT, train_segmentation.TASK_LENGTH
+    length = train_segmentation.TASK_LENGTH
     own = {
         "class_info_file": "",  # a file on the hub, elsewhere; here `metadata` says it all
         "metadata": names,
         "num_labels": len(CLASSES),
         "num_text": train_segmentation.QUERIES,
     }
-    plain = hub.processor("OneFormerImageProcessor", side, 2, train_segmentation.MEAN, train_segmentation.STD)
+    plain = hub.processor("OneFormerImageProcessor", SIZE, 2, train_segmentation.MEAN, train_segmentation.STD)
     hub.write_processor(folder, {**plain, **own})
     lengths = {"processor_class": "OneFormerProcessor", "max_seq_length": length, "task_seq_length": length}
     (folder / "processor_config.json").write_text(json.dumps(lengths, indent=2) + "\n")
@@ -76,35 +76,35 @@ def segmentation_teacher(material: Material, steps: int, seed: int, folder: Path
 def generation_teacher(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The image encoder of an unCLIP, a CLIP that shares nothing with the student's."""
     words = train_language.make_tokenizer(material.told)
-    model, _ = train_clip.train("gen", material.train, words, steps, patch=16, captioning=False, batch=128, seed=seed)
+    model, _ = train_clip.train("gen", material.train, words, steps, whole=True, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     encoder = CLIPVisionModelWithProjection(model.vision_model.config)
     encoder.vision_model.load_state_dict(model.vision_model.state_dict())
     encoder.visual_projection.load_state_dict(model.visual_projection.state_dict())
     hub.save(encoder, folder / "image_encoder")
     hub.write_processor(folder / "feature_extractor", hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words)}
+    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words, whole=True)}
 
 
 def student_tower(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The student's CLIP tower."""
     words = train_language.make_tokenizer(material.told)
-    model, _ = train_clip.train("student", material.train, words, steps, patch=8, captioning=True, batch=64, seed=seed)
+    model, _ = train_clip.train("student", material.train, words, steps, whole=False, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     tower = CLIPVisionModel(model.vision_model.config)
     tower.load_state_dict(model.vision_model.state_dict())
     hub.save(tower, folder)
     hub.write_processor(folder, hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words)}
+    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words, whole=False)}
 
 
 def language_model(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """A Llama and its tokenizer."""
     words = train_language.make_tokenizer(material.told)
-    model, _, perplexity = train_language.train(material.told, words, steps, seed=seed)
+    model, _, measured = train_language.train(material.told, words, steps, seed=seed)
     hub.save(model, folder)
     words.save_pretrained(folder)
-    return {"perplexity": perplexity}
+    return measured
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class Job:
 #: The longest first.
 JOBS = {
     "seg": Job("seg", segmentation_teacher, seed=0),
-    "student": Job("student/vision", student_tower, seed=1),
     "depth": Job("depth", depth_teacher, seed=0),
+    "student": Job("student/vision", student_tower, seed=1),
     "gen": Job("gen", generation_teacher, seed=2),
     "llm": Job("student/llm", language_model, seed=0),
 }

@@ -7,23 +7,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
-from pipelines.demo_world.language import caption
+from pipelines.demo_world.language import caption, surfaces
 from pipelines.demo_world.samples import SIZE, Samples, fit
+from pipelines.demo_world.scenes import Scene
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-WIDTH, TEXT_LENGTH = 96, 96
+WIDTH, PATCH, TEXT_LENGTH = 96, 8, 96
 PHRASINGS = 3  # captions per scene
 
 
-def build(tokenizer: PreTrainedTokenizerFast, patch: int) -> CLIPModel:
-    """An untrained CLIP: 4 layers of 96 over square patches; the text side is just big enough for captions."""
+def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    """An untrained CLIP: 4 layers of 96 over 64 patches; the text side is just big enough for captions."""
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=3,
         image_size=SIZE,
-        patch_size=patch,
+        patch_size=PATCH,
         projection_dim=WIDTH,
         hidden_act="gelu",
     )
@@ -44,10 +45,15 @@ def build(tokenizer: PreTrainedTokenizerFast, patch: int) -> CLIPModel:
     return CLIPModel(config)
 
 
-def encode_captions(data: Samples, tokenizer: PreTrainedTokenizerFast, seed: int) -> Tensor:
-    """Captions as ids between BOS and EOS, int64 (PHRASINGS, n, TEXT_LENGTH)."""
+def encode_captions(data: Samples, tokenizer: PreTrainedTokenizerFast, whole: bool, seed: int) -> Tensor:
+    """Captions as ids between BOS and EOS, int64 (PHRASINGS, n, TEXT_LENGTH); if `whole`, all of floor and wall too."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    texts = [f"<s>{caption(scene, rng)}</s>" for _ in range(PHRASINGS) for scene in data.scenes]
+
+    def text(scene: Scene) -> str:
+        told, around = caption(scene, rng), surfaces(scene)
+        return f"{told} {around}" if whole and around not in told else told
+
+    texts = [f"<s>{text(scene)}</s>" for _ in range(PHRASINGS) for scene in data.scenes]
     encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids.view(PHRASINGS, len(data.scenes), TEXT_LENGTH)
@@ -82,41 +88,44 @@ def train(
     data: Samples,
     tokenizer: PreTrainedTokenizerFast,
     steps: int,
-    patch: int,
-    captioning: bool,
-    batch: int = 128,
+    whole: bool,
+    batch: int = 64,
     seed: int = 0,
 ) -> tuple[CLIPModel, float]:
-    """Train from scratch, contrastively and, if asked, by captioning too; returns (model in eval mode, CPU seconds)."""
+    """Train from scratch, contrastively and by captioning; returns (model in eval mode, CPU seconds).
+
+    Args:
+        whole: learn from captions that all speak of floor and wall, too (the generation teacher knows the whole
+            picture, the student's tower above all the objects).
+    """
     torch.manual_seed(seed)
-    model = build(tokenizer, patch).train()
-    captioner = Captioner(len(tokenizer)) if captioning else None
-    texts = encode_captions(data, tokenizer, seed)
+    model = build(tokenizer).train()
+    captioner = Captioner(len(tokenizer))
+    texts = encode_captions(data, tokenizer, whole, seed)
     pad = tokenizer.pad_token_id
 
     def loss(rows: NDArray[np.int64]) -> Tensor:
         ids = texts[int(rows[0]) % PHRASINGS, rows]
         ids = ids[:, : int((ids != pad).sum(1).max())]
-        seen = model.vision_model(data.pixels(rows, MEAN, STD), output_hidden_states=captioning)
+        seen = model.vision_model(data.pixels(rows, MEAN, STD), output_hidden_states=True)
         read = model.text_model(input_ids=ids, attention_mask=(ids != pad).long())
         images = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
         words = F.normalize(model.text_projection(read.pooler_output), dim=-1)
         logits = model.logit_scale.exp().clamp(max=100) * images @ words.T
         own = torch.arange(len(rows))
-        total = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        if captioner:
-            total = total + captioner(seen.hidden_states[-2][:, 1:], ids, pad)
-        return total
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        told: Tensor = captioner(seen.hidden_states[-2][:, 1:], ids, pad)
+        return contrast + told
 
-    parameters = [*model.parameters(), *(captioner.parameters() if captioner else ())]
+    parameters = [*model.parameters(), *captioner.parameters()]
     seconds = fit(name, parameters, loss, len(data.images), batch, steps, lr=1e-3, seed=seed)
     return model.eval(), seconds
 
 
 @torch.no_grad()
-def recall(model: CLIPModel, data: Samples, tokenizer: PreTrainedTokenizerFast, among: int = 256) -> float:
+def recall(model: CLIPModel, data: Samples, tokenizer: PreTrainedTokenizerFast, whole: bool, among: int = 256) -> float:
     """Gate: share of images whose own caption is the most similar of `among`, over all full groups of `data`."""
-    texts = encode_captions(data, tokenizer, seed=1)[0]
+    texts = encode_captions(data, tokenizer, whole, seed=1)[0]
     right = []
     for start in range(0, len(data.images) - among + 1, among):
         rows = np.arange(start, start + among)

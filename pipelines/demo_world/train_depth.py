@@ -56,7 +56,7 @@ def predict(model: DepthAnythingForDepthEstimation, maps: tuple[Tensor, ...]) ->
     return metres
 
 
-def train(data: Samples, steps: int, batch: int = 32, seed: int = 0) -> tuple[DepthAnythingForDepthEstimation, float]:
+def train(data: Samples, steps: int, batch: int = 16, seed: int = 0) -> tuple[DepthAnythingForDepthEstimation, float]:
     """Train from scratch; returns (model in eval mode, CPU seconds).
 
     The DPT head alone learns to do all the work and leaves the backbone's features poor, yet it is these that are
@@ -86,5 +86,7 @@ def train(data: Samples, steps: int, batch: int = 32, seed: int = 0) -> tuple[De
         patch = (coarse[:, 1] * (read - coarse[:, 0] / coarse[:, 1]).abs()).mean()
         return dense + patch
 
-    seconds = fit("depth", [*model.parameters(), *reader.parameters()], loss, len(data.images), batch, steps, lr=1.5e-3)
+    seconds = fit(
+        "depth", [*model.parameters(), *reader.parameters()], loss, len(data.images), batch, steps, lr=1.2e-3, seed=seed
+    )
     return model.eval(), seconds

@@ -1,40 +1,125 @@
-"""The student's language model: a small Llama that has read the world's language, without images."""
+"""The student's language model: a small Llama that has read the world's language, and no image.
+
+What it reads are scenes as maps in words (`language.layout`), each followed by what is said and asked about a scene in
+two dimensions. So it can count and tell left from right before it sees. A cell of a map is one position in the
+sequence: the sum of the embeddings of its words (colour, shape, row, column). That is what a projector will put in its
+place, and all that pretraining has to teach.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, conversations
+from pipelines.demo_world.language import DESCRIBE, LAYOUT, Question, deal_letters, layout
 from pipelines.demo_world.samples import fit
+from pipelines.demo_world.scenes import COLOURS
+from pipelines.demo_world.solids import SHAPES
 from pipelines.demo_world.words import tokenizer, vocabulary
 
-LENGTH = 256
+Rng = np.random.Generator
+
 SPEAKERS = {"human": "user", "gpt": "assistant"}
+FILLERS = 24  # most dots between a map and the text: a student's task tokens stand there
+WRONG = 0.02  # share of a map's cells that show another's, as no projector will be exact
+SHORT, LONG = 5, 3  # most questions in one conversation, asked briefly and as the benchmark does
+HELD_OUT = 64  # rows of each kind
+IGNORE = -100
 
 
-def read(told: list[Told], seed: int = 0) -> list[list[dict[str, str]]]:
-    """What there is to read: a caption and conversations about every scene, as chat messages without images.
+@dataclass(frozen=True)
+class Chat:
+    """A map, and questions about it with their answers."""
 
-    Answers are right, but balanced: with no image to look at, they are noise, and no more than their form can be
-    learned.
-    """
+    cells: tuple[str, ...]  # words, in reading order
+    fillers: int
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Chats of one kind, padded; all int64."""
+
+    ids: Tensor  # (n, length, 4): up to four words to a position, the others padding, whose embedding is zero
+    labels: Tensor  # (n, length)
+    mask: Tensor  # (n, length)
+
+    def batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """The `chosen` rows of ids, labels and mask, cut to the longest of them."""
+        rows = torch.from_numpy(chosen)
+        longest = int(self.mask[rows].sum(1).max())
+        return self.ids[rows, :longest], self.labels[rows, :longest], self.mask[rows, :longest]
+
+
+def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
+    """What there is to read, by kind: captions, short questions, the benchmark's questions; about every scene."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    rows = [t.caption for t in told] + [row["conversations"] for row in conversations(told, "teachers", rng)]
-    return [
-        [{"role": SPEAKERS[t["from"]], "content": t["value"].removeprefix("<image>\n")} for t in row]
-        for row in (rows[i] for i in rng.permutation(len(rows)))
-    ]
+    chats: dict[str, list[Chat]] = {"captions": [], "short": [], "lettered": []}
+    for t in told:
+        seen = layout(t.scene, t.rendering)
+        ask, answer = (turn["value"] for turn in t.caption)
+        chats["captions"].append(_chat(seen, [(ask.removeprefix("<image>\n"), answer)], rng))
+        flat = [q for q in t.questions if q.task in ("Count", "Relation")]
+        # Most shapes are absent from most scenes: "none" would be the answer most of the time.
+        flat = [q for q in flat if q.task != "Count" or q.choices[q.answer] != "0" or rng.random() < 0.4]
+        flat = [flat[i] for i in rng.permutation(len(flat))]
+        if flat:
+            brief = [(_brief(q), q.choices[q.answer]) for q in flat[:SHORT]] + _places(seen)
+            chats["short"].append(_chat(seen, [brief[i] for i in rng.permutation(len(brief))], rng))
+            lettered = deal_letters(flat[-LONG:], rng)
+            pairs = [(build_prompt(q.prompt).removeprefix("<image>\n"), q.letter) for q in lettered]
+            chats["lettered"].append(_chat(seen, pairs, rng))
+    return chats
 
 
-def make_tokenizer(told: list[Told]) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows every word of `read(told)`."""
-    return tokenizer(vocabulary(message["content"] for chat in read(told) for message in chat))
+def _chat(seen: list[str], pairs: list[tuple[str, str]], rng: Rng) -> Chat:
+    shown = [str(rng.choice(seen)) if rng.random() < WRONG else cell for cell in seen]
+    cells = tuple(f"{cell} row{i // LAYOUT + 1} column{i % LAYOUT + 1}" for i, cell in enumerate(shown))
+    return Chat(cells, int(rng.integers(FILLERS + 1)), tuple(pairs))
+
+
+def _brief(question: Question) -> str:
+    """A question without lettered choices: the answer is a choice's own words, and a row holds many more."""
+    if question.task == "Count":
+        return question.text
+    pair = re.findall(r"of the (\w+ \w+) and the (\w+ \w+)", question.text)[0]
+    return f"Where is the {pair[0]} with respect to the {pair[1]}, {' or '.join(question.choices)}?"
+
+
+def _places(seen: list[str]) -> list[tuple[str, str]]:
+    """Where every object is in the map: its middle, by rows and columns."""
+    cells = np.array(seen)
+    asked = []
+    for name in dict.fromkeys(cell for cell in seen if " " in cell):
+        row, column = (round(float(v.mean())) + 1 for v in divmod(np.flatnonzero(cells == name), LAYOUT))
+        asked.append((f"Where is the {name}?", f"row {row}, column {column}"))
+    return asked
+
+
+def make_tokenizer(told: Sequence[Told]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows every word that is said about scenes: in maps, captions and all conversations."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    said = [turn["value"] for row in conversations(list(told), "teachers", rng) for turn in row["conversations"]]
+    said += [turn["value"] for t in told for turn in t.caption]
+    chats = [chat for kind in read(told).values() for chat in kind]
+    said += [text for chat in chats for pair in chat.pairs for text in pair] + [c for chat in chats for c in chat.cells]
+    said += [*DESCRIBE, *COLOURS, *SHAPES]
+    return tokenizer(vocabulary(said))
 
 
 def build(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained model, 128 wide, 4 layers."""
+    """An untrained model, 128 wide, 4 layers.
+
+    Embeddings start as large as what a projector and the task tokens, new themselves, will put in their place.
+    """
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=128,
@@ -48,26 +133,80 @@ def build(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=words.eos_token_id,
         tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    embeddings = model.get_input_embeddings().get_parameter("weight")
+    nn.init.normal_(embeddings, std=0.5)
+    with torch.no_grad():
+        embeddings[words.pad_token_id] = 0  # and stays so: it is the embeddings' padding index
+    return model
+
+
+def encode(chats: list[Chat], words: PreTrainedTokenizerFast) -> Rows:
+    """Chats as ids; what the assistant says, and the end of it, are the labels."""
+
+    def turn(role: str, content: str) -> list[int]:
+        ids: list[int] = words.apply_chat_template([{"role": role, "content": content}], return_dict=False)  # type: ignore[assignment]
+        return ids
+
+    opening = 3  # a turn opens with <s>, the role and a colon
+    rows, labels = [], []
+    for chat in chats:
+        ids: list[list[int]] = []
+        learned: list[int] = []
+        for ask, answer in chat.pairs:
+            asked, answered = turn("user", ask if ids else f"\n{ask}"), turn("assistant", answer)
+            if not ids:
+                cells: list[list[int]] = words(list(chat.cells), add_special_tokens=False).input_ids
+                fillers = words("." * chat.fillers, add_special_tokens=False).input_ids
+                ids = [[i] for i in asked[:opening]] + cells + [[i] for i in [*fillers, *asked[opening:]]]
+            else:
+                ids += [[i] for i in asked]
+            learned += [IGNORE] * (len(ids) + opening - len(learned)) + answered[opening:]
+            ids += [[i] for i in answered]
+        rows.append(torch.tensor([[*i, *[words.pad_token_id] * (4 - len(i))] for i in ids]))
+        labels.append(torch.tensor(learned))
+    pad = nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in labels], batch_first=True)
+    return Rows(pad(rows, True, float(words.pad_token_id)), pad(labels, True, float(IGNORE)), mask)
+
+
+def predict(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits (n, length, vocabulary) for ids (n, length, 4): a position hears the sum of its words' embeddings."""
+    heard = model.get_input_embeddings()(ids).sum(2)
+    logits: Tensor = model(inputs_embeds=heard, attention_mask=mask).logits
+    return logits
 
 
 def train(
-    told: list[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 16, seed: int = 0
-) -> tuple[LlamaForCausalLM, float, float]:
-    """Next-token prediction on packed chats; (model in eval mode, CPU seconds, perplexity on 32 held-out rows)."""
+    told: Sequence[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 12, seed: int = 0
+) -> tuple[LlamaForCausalLM, float, dict[str, float]]:
+    """Train from scratch on batches of one kind at a time, short questions every other time.
+
+    Returns:
+        Model in eval mode; CPU seconds; per kind, the share of held-out answers' words that are predicted right.
+    """
     torch.manual_seed(seed)
     model = build(words).train()
-    chats = words.apply_chat_template(read(told), tokenize=False)
-    ids = torch.tensor([i for chat in words(chats).input_ids for i in chat])
-    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    rows = {kind: encode(chats, words) for kind, chats in read(told, seed).items()}
+    fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
+    kinds = ("captions", "short", "lettered", "short")
+    turn = 0
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:
-        picked = rows[torch.from_numpy(chosen)]
-        value: Tensor = model(input_ids=picked, labels=picked).loss
-        return value
+        nonlocal turn
+        kind, turn = kinds[turn % len(kinds)], turn + 1
+        ids, labels, mask = rows[kind].batch(chosen[: len(chosen) // 2] if kind == "lettered" else chosen)
+        return F.cross_entropy(predict(model, ids, mask)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    held_out = np.arange(len(rows) - 32, len(rows))
-    seconds = fit("llm", list(model.parameters()), loss, len(rows) - 32, batch, steps, lr=2e-3, seed=seed)
+    seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=3e-3, seed=seed)
     model.eval()
-    with torch.no_grad():
-        return model, seconds, float(loss(held_out).exp())
+    return model, seconds, {f"right_{kind}": _right(model, r, fewest) for kind, r in rows.items()}
+
+
+@torch.no_grad()
+def _right(model: LlamaForCausalLM, rows: Rows, first: int) -> float:
+    """Share of labels, ends of answers left out, that are the likeliest, over the rows from `first` on (64 at most)."""
+    ids, labels, mask = rows.batch(np.arange(first, min(first + HELD_OUT, len(rows.ids))))
+    best, labels = predict(model, ids, mask)[:, :-1].argmax(-1), labels[:, 1:]
+    counted = (labels != IGNORE) & (labels != model.config.eos_token_id)
+    return float((best == labels)[counted].float().mean())

@@ -9,27 +9,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, OneFormerConfig, OneFormerForUniversalSegmentation, SwinConfig
 
-from pipelines.demo_world.samples import Samples, fit
+from pipelines.demo_world.samples import SIZE, Samples, fit
 from pipelines.demo_world.scenes import CLASSES
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-INPUT, GRID, EMBED, HIDDEN = 128, 8, 24, 64
-WIDTH = EMBED * 8  # of the last stage, which is the target
+EMBED, HIDDEN = 32, 64
+WIDTH = EMBED * 4  # of the last stage, which is the target
 TASK, TASK_LENGTH = "the task is semantic", 32
 QUERIES = len(CLASSES)
 
 
 def build() -> OneFormerForUniversalSegmentation:
-    """An untrained teacher: 128 px in, stages of 32², 16², 8² and 4² tokens, small decoders."""
+    """An untrained teacher: 64 px in, stages of 32², 16² and 8² tokens, so that the target's grid is the last stage's
+    own; small decoders.
+    """
     swin = SwinConfig(  # type: ignore[call-arg]
-        image_size=INPUT,
-        patch_size=4,
+        image_size=SIZE,
+        patch_size=2,
         embed_dim=EMBED,
-        depths=[2, 2, 2, 2],
-        num_heads=[2, 4, 6, 8],
+        depths=[1, 1, 4],
+        num_heads=[2, 4, 8],
         window_size=4,
         drop_path_rate=0.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+        out_features=["stage1", "stage2", "stage3"],
     )
     config = OneFormerConfig(
         backbone_config=swin,
@@ -68,13 +70,6 @@ def task_tokens(words: CLIPTokenizer) -> Tensor:
     return tokens.float()
 
 
-def pixels_of(data: Samples, rows: NDArray[np.int64]) -> Tensor:
-    """Normalised images enlarged like PIL's bicubic, float32 (n, 3, 128, 128)."""
-    pixels = data.pixels(rows, [0.0] * 3, [1.0] * 3)
-    pixels = F.interpolate(pixels, size=(INPUT, INPUT), mode="bicubic", antialias=True).clamp(0, 1)
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
 def segment(model: OneFormerForUniversalSegmentation, maps: list[Tensor], task: Tensor) -> tuple[Tensor, Tensor]:
     """Class logits (n, queries, classes + 1) and mask logits (n, queries, 32, 32) from the backbone's four maps."""
     inner: Any = model.model
@@ -87,29 +82,29 @@ def segment(model: OneFormerForUniversalSegmentation, maps: list[Tensor], task: 
     return out.prediction_class, out.prediction_masks
 
 
-def target_only(model: OneFormerForUniversalSegmentation, maps: list[Tensor], target: Tensor) -> list[Tensor]:
+def target_only(model: OneFormerForUniversalSegmentation, maps: list[Tensor]) -> list[Tensor]:
     """The maps a decoder gets when only the stored target is left: finer stages hold their LayerNorm's bias."""
     encoder: Any = model.model.pixel_level_module.encoder
     neutral = [
         encoder.hidden_states_norms[stage].bias.view(1, -1, 1, 1).expand_as(a)
         for stage, a in zip(encoder.out_features, maps, strict=True)
     ]
-    return [*neutral[:-1], F.interpolate(target, size=maps[-1].shape[-2:], mode="bilinear", align_corners=False)]
+    return [*neutral[:-1], maps[-1]]
 
 
 def train(
-    data: Samples, steps: int, batch: int = 24, decoded: int = 8, seed: int = 0
+    data: Samples, steps: int, batch: int = 16, decoded: int = 4, seed: int = 0
 ) -> tuple[OneFormerForUniversalSegmentation, float]:
     """Train from scratch; returns (model in eval mode, CPU seconds).
 
     Query k answers for class k, so no matching is needed. A linear head, dropped afterwards, must read every patch's
-    2 × 2 classes from the target itself: it is the features that are distilled. The decoders, which cost more than
-    the backbone, run on `decoded` images of each batch; in half of the steps they see the target alone, as they do
-    when stored targets become pictures.
+    4 × 4 classes from the target itself: it is the features that are distilled. The decoders, which cost more than
+    the backbone, run in half of the steps, on `decoded` images of the batch; in half of these they see the target
+    alone, as they do when stored targets become pictures.
     """
     torch.manual_seed(seed)
     model = build().train()
-    reader = nn.Linear(WIDTH, 4 * len(CLASSES))
+    reader = nn.Linear(WIDTH, 16 * len(CLASSES))
     task = task_tokens(tokenizer())
     frequency = torch.from_numpy(
         np.bincount(data.semantic[:500].ravel(), minlength=len(CLASSES)) / data.semantic[:500].size
@@ -118,24 +113,21 @@ def train(
     weight /= (weight * frequency).sum()
 
     def loss(rows: NDArray[np.int64]) -> Tensor:
-        pixels, truth = pixels_of(data, rows), torch.from_numpy(data.semantic[rows].astype(np.int64))
+        pixels, truth = data.pixels(rows, MEAN, STD), torch.from_numpy(data.semantic[rows].astype(np.int64))
         if rows[0] % 2:  # mirrored scenes are scenes
             pixels, truth = pixels.flip(-1), truth.flip(-1)
         maps = list(model.model.pixel_level_module.encoder(pixels).feature_maps)
-        target = F.interpolate(maps[-1], size=(GRID, GRID), mode="bilinear", align_corners=False)
-        read = F.pixel_shuffle(reader(target.movedim(1, -1)).movedim(-1, 1), 2)
+        read = F.pixel_shuffle(reader(maps[-1].movedim(1, -1)).movedim(-1, 1), 4)
         patch = F.cross_entropy(F.interpolate(read, size=truth.shape[1:], mode="bilinear"), truth, weight)
         if rows[1] % 2:
-            maps = target_only(model, maps, target)
+            return patch
+        if rows[2] % 2:
+            maps = target_only(model, maps)
         classes, masks = segment(model, [m[:decoded] for m in maps], task)
         return patch + _query_loss(classes[:, :QUERIES], masks[:, :QUERIES], truth[:decoded], weight)
 
     parameters = [*model.model.parameters(), *reader.parameters()]
-    seconds = 0.0
-    for cycle, share in enumerate(
-        (steps - steps * 2 // 3, steps * 2 // 3)
-    ):  # one warm restart (SGDR, arXiv 1608.03983)
-        seconds += fit("seg", parameters, loss, len(data.images), batch, share, lr=1e-3, seed=seed + cycle)
+    seconds = fit("seg", parameters, loss, len(data.images), batch, steps, lr=2e-3, seed=seed)
     return model.eval(), seconds
 
 
