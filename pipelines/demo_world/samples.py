@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.demo_world.processes import render_split
-from pipelines.demo_world.scenes import Scene
+from pipelines.demo_world.scenes import EASY, Level, Scene
 
-SIZE = 64
+SIZE = EASY.size  # of the images the teachers are trained on
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,22 @@ class Samples:
     """`n` scenes; everything about pixels as one array each."""
 
     scenes: list[Scene]
-    images: NDArray[np.uint8]  # (n, 64, 64, 3)
-    depth: NDArray[np.float16]  # (n, 64, 64) metres
-    semantic: NDArray[np.uint8]  # (n, 64, 64) indices into CLASSES
-    panoptic: NDArray[np.uint8]  # (n, 64, 64) segment ids
+    images: NDArray[np.uint8]  # (n, size, size, 3)
+    depth: NDArray[np.float16]  # (n, size, size) metres
+    semantic: NDArray[np.uint8]  # (n, size, size) indices into CLASSES
+    panoptic: NDArray[np.uint8]  # (n, size, size) segment ids
     boxes: list[list[tuple[float, float, float, float] | None]]  # per scene and object, in [0, 1]
     segment_ids: list[list[int]]  # per scene and object, ids in `panoptic`
 
     def pixels(self, rows: NDArray[np.int64], mean: list[float], std: list[float]) -> Tensor:
-        """Normalised images, float32 (len(rows), 3, 64, 64)."""
+        """Normalised images, float32 (len(rows), 3, size, size)."""
         images = torch.from_numpy(self.images[rows]).permute(0, 3, 1, 2).float() / 255
         return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def render_samples(split: str, count: int, seed: int = 0, workers: int = 2) -> Samples:
+def render_samples(split: str, count: int, seed: int = 0, workers: int = 2, level: Level = EASY) -> Samples:
     """The first `count` scenes of a split, rendered by `workers` processes, whose number does not matter."""
-    scenes, renderings = zip(*render_split(split, count, seed, workers), strict=True)
+    scenes, renderings = zip(*render_split(split, count, seed, workers, level), strict=True)
     return Samples(
         scenes=list(scenes),
         images=np.stack([r.image for r in renderings]),

@@ -5,13 +5,14 @@ that the ray parameter *is* the distance along the optical axis, which is theref
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from pipelines.demo_world.solids import SHAPES, Shape, Solid, Vector, intersect, normals_at
+from pipelines.demo_world.solids import SHAPES, Solid, Vector, intersect, normals_at
 
 #: Panoptic classes; stuff first. A pedestal is a thing of its own.
 CLASSES = ("floor", "wall", "pedestal", *SHAPES)
@@ -28,6 +29,25 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 #: Who uses scenes; every split draws from seeds of its own.
 SPLITS = ("pretrain", "finetune", "probe", "benchmark", "teachers", "gates")
 PATTERNS = ("plain", "checked", "striped", "tiled")
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much there is to see in a scene, and how hard it is to see."""
+
+    size: int  # of the image, pixels
+    objects: tuple[int, int]  # fewest and most; every number in between is equally frequent
+    smallest: float  # least width and height of an object, as a share of the image's
+    hidden: float  # largest share of an object's rectangle that those in front of it may cover, taken together
+
+
+LEVELS = {
+    "easy": Level(size=64, objects=(2, 5), smallest=0.125, hidden=0.3),
+    "hard": Level(size=128, objects=(4, 9), smallest=0.07, hidden=0.7),
+}
+EASY = LEVELS["easy"]
+_CORNERS = np.array(list(itertools.product((-1, 1), repeat=3))).T[:, :, None]  # of a box, (3, 8, 1)
+CANDIDATES = 30  # objects tried for each one wanted, before another camera is
 
 
 @dataclass(frozen=True)
@@ -79,9 +99,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything `render` needs; a pure function of its seed."""
+    """Everything `render` needs; a pure function of its seed and level."""
 
     seed: int
+    level: Level
     camera: Camera
     objects: tuple[Object, ...]
     floor: Surface
@@ -143,42 +164,28 @@ def scene_seed(split: str, index: int, seed: int = 0) -> int:
     return (seed * len(SPLITS) + SPLITS.index(split)) * 10**8 + index
 
 
-def sample_scene(seed: int) -> Scene:
-    """Draw a scene: 2 to 5 objects of distinct (colour, shape), each clearly inside the image and mostly unoccluded.
+def sample_scene(seed: int, level: Level = EASY) -> Scene:
+    """Draw a scene of objects of distinct (colour, shape), each visible and, but for corners, inside the image.
 
-    Sizes and pedestal heights vary widely on purpose: apparent size and height in the image must not give depth away.
+    How many is drawn once; camera and kinds of shapes are drawn again until that many find room. Sizes and pedestal
+    heights vary widely on purpose: apparent size and height in the image must not give depth away.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    camera = Camera(
-        height=rng.uniform(1.3, 2.4),
-        pitch=rng.uniform(0.10, 0.32),
-        roll=rng.uniform(-0.05, 0.05),
-        tan_half_fov=rng.uniform(0.48, 0.66),
-    )
-    wanted = int(rng.integers(2, 6))
-    shapes = [SHAPES[i] for i in rng.choice(len(SHAPES), size=int(rng.integers(1, 4)), replace=False)]
+    wanted = int(rng.integers(level.objects[0], level.objects[1] + 1))
     objects: list[Object] = []
-    rectangles: list[Vector] = []
-    for attempt in itertools.count():
-        if len(objects) == wanted or (attempt >= 60 and len(objects) >= 2):
-            break
-        candidate = _sample_object(rng, camera, shapes)
-        rectangle = _rectangle(camera, candidate.solid)
-        width, height = rectangle[2] - rectangle[0], rectangle[3] - rectangle[1]
-        if np.abs(rectangle).max() > 0.98 or min(width, height) < 0.25:
-            continue
-        if any(o.name == candidate.name or _touch(candidate, o) for o in objects):
-            continue
-        # A pedestal may hide others too, so it counts as part of what must not cover them.
-        tall = _rectangle(camera, candidate.solid, candidate.pedestal)
-        if any(_overlap(tall, other) > 0.3 or _overlap(rectangle, other) > 0.3 for other in rectangles):
-            continue
-        objects.append(candidate)
-        rectangles.append(tall)
+    while len(objects) < wanted:
+        camera = Camera(
+            height=rng.uniform(1.3, 2.4),
+            pitch=rng.uniform(0.10, 0.32),
+            roll=rng.uniform(-0.05, 0.05),
+            tan_half_fov=rng.uniform(0.48, 0.66),
+        )
+        objects = _sample_objects(rng, camera, wanted, level)
     azimuth, elevation = rng.uniform(-np.pi, 0.0), rng.uniform(0.6, 1.2)  # the light stands on the camera's side
     light = (np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation))
     return Scene(
         seed=seed,
+        level=level,
         camera=camera,
         objects=tuple(objects),
         floor=_sample_surface(rng),
@@ -190,23 +197,61 @@ def sample_scene(seed: int) -> Scene:
     )
 
 
-def _sample_object(rng: np.random.Generator, camera: Camera, shapes: list[Shape]) -> Object:
-    shape = shapes[int(rng.integers(len(shapes)))]
-    colour = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    y = rng.uniform(2.6, 8.5)
-    x = rng.uniform(-1, 1) * y * camera.tan_half_fov * 0.9
-    radius = float(np.exp(rng.uniform(np.log(0.34), np.log(0.95))))
-    height = 2 * radius if shape == "sphere" else radius * rng.uniform(1.5, 2.4)
-    lift = rng.uniform(0.25, 1.5) if rng.random() < 0.55 else 0.0
-    yaw = rng.uniform(0, np.pi / 2)
-    rgb = tuple(np.clip(np.array(COLOURS[colour]) + rng.uniform(-0.05, 0.05, 3), 0, 1).tolist())
-    grey = rng.uniform(0.35, 0.6) * np.array([1.0, 0.93, 0.82])
-    pedestal = None
-    if lift:
-        pedestal = Solid(
-            "box", (x, y, 0.0), radius * rng.uniform(0.75, 1.1), lift, rng.uniform(0, np.pi / 2), tuple(grey)
-        )
-    return Object(colour, Solid(shape, (x, y, lift), radius, height, yaw, rgb), pedestal)
+def _sample_objects(rng: np.random.Generator, camera: Camera, wanted: int, level: Level) -> list[Object]:
+    """At most `wanted` objects of one to three shapes: candidates one after the other, if they find room."""
+    # All candidates are drawn, projected and compared at once: an array costs little more than a number.
+    n = CANDIDATES * wanted
+    kinds = rng.permutation(len(SHAPES))[: rng.integers(1, 4)]
+    shape, colour = kinds[rng.integers(len(kinds), size=n)], rng.integers(len(COLOURS), size=n)
+    y = rng.uniform(2.6, 8.5, n)
+    x = rng.uniform(-0.9, 0.9, n) * y * camera.tan_half_fov
+    radius = np.exp(rng.uniform(np.log(0.34), np.log(0.95), n))
+    height = radius * np.where(shape == SHAPES.index("sphere"), 2.0, rng.uniform(1.5, 2.4, n))
+    raised = rng.random(n) < 0.55
+    lift, foot = raised * rng.uniform(0.25, 1.5, n), raised * radius * rng.uniform(0.75, 1.1, n)
+    body = _rectangles(camera, (x, y, lift + height / 2), (radius, 0 * y, height / 2))  # a cut through the middle
+    fit = (np.abs(body).max(axis=0) < 0.98) & ((body[2:] - body[:2]).min(axis=0) > 2 * level.smallest)
+    body, shape, colour = body[:, fit], shape[fit], colour[fit]
+    x, y, lift, radius, height, foot = columns = np.stack([x, y, lift, radius, height, foot])[:, fit]
+
+    reach = np.maximum(radius * np.where(shape == SHAPES.index("box"), 1.42, 1.0), 1.42 * foot)
+    same = (shape == shape[:, None]) & (colour == colour[:, None])
+    apart = (x - x[:, None]) ** 2 + (y - y[:, None]) ** 2
+    clash = same | (apart < (reach + reach[:, None]) ** 2)
+    top = (lift + height) / 2  # a pedestal hides others, too
+    whole = _rectangles(camera, (x, y, top), (reach, reach, top))
+    chosen = _choose(wanted, clash, _covered(body, whole) * (y[:, None] > y), level.hidden)
+
+    yaws = rng.uniform(0, np.pi / 2, (2, len(chosen))).tolist()
+    tints = np.array(list(COLOURS.values()))[colour[chosen]] + rng.uniform(-0.05, 0.05, (len(chosen), 3))
+    greys = rng.uniform(0.35, 0.6, (len(chosen), 1)) * (1.0, 0.93, 0.82)
+    objects = []
+    for i, solid_yaw, yaw, rgb, grey, (at_x, at_y, z, r, h, f) in zip(
+        chosen, *yaws, np.clip(tints, 0, 1).tolist(), greys.tolist(), columns[:, chosen].T.tolist(), strict=True
+    ):
+        solid = Solid(SHAPES[shape[i]], (at_x, at_y, z), r, h, solid_yaw, tuple(rgb))
+        pedestal = Solid("box", (at_x, at_y, 0.0), f, z, yaw, tuple(grey)) if z else None
+        objects.append(Object(list(COLOURS)[colour[i]], solid, pedestal))
+    return objects
+
+
+def _choose(wanted: int, clash: NDArray[np.bool_], covered: Vector, most: float) -> list[int]:
+    """The first candidates, at most `wanted`, that go together.
+
+    Args:
+        clash: which pairs cannot both be chosen, (n, n).
+        covered: share of each one's rectangle that each other one would cover, (n, n).
+        most: of each rectangle, how much all the others together may cover.
+    """
+    free = np.ones(len(clash), bool)
+    hidden = np.zeros(len(clash))
+    chosen: list[int] = []
+    while len(chosen) < wanted and free.any():
+        new = int(free.argmax())
+        chosen.append(new)
+        hidden += covered[:, new]
+        free &= ~clash[new] & (hidden <= most) & (hidden[chosen, None] + covered[chosen] <= most).all(axis=0)
+    return chosen
 
 
 def _sample_surface(rng: np.random.Generator) -> Surface:
@@ -217,82 +262,49 @@ def _sample_surface(rng: np.random.Generator) -> Surface:
     return Surface(pattern, (tuple(first.tolist()), tuple(second.tolist())), rng.uniform(0.9, 2.0))
 
 
-def _rectangle(camera: Camera, *solids: Solid | None) -> Vector:
-    """Projected (left, top, right, bottom) of some solids' bounding boxes, in [-1, 1] over the image, (4,)."""
-    corners = [
-        (s.base[0] + dx * s.radius, s.base[1], s.base[2] + dz)
-        for s in solids
-        if s
-        for dx in (-1, 1)
-        for dz in (0, s.height)
-    ]
-    seen = camera.project(np.array(corners))[:, :2]
-    return np.concatenate([seen.min(axis=0), seen.max(axis=0)])
+def _rectangles(camera: Camera, centres: ArrayLike, halves: ArrayLike) -> Vector:
+    """What of the image upright boxes take, (4, n): rows left, top, right, bottom, in [-1, 1] over the image.
+
+    Args:
+        centres, halves: middles and half extents along x, y, z, (3, n) each, all in front of the camera.
+    """
+    corners = np.asarray(centres)[:, None] + np.asarray(halves)[:, None] * _CORNERS  # (3, 8, n)
+    u, v, _ = camera.project(corners.reshape(3, -1).T).T.reshape(corners.shape)
+    return np.stack([u.min(axis=0), v.min(axis=0), u.max(axis=0), v.max(axis=0)])
 
 
-def _overlap(a: Vector, b: Vector) -> float:
-    """Intersection of two rectangles over the smaller one's area."""
-    (al, at, ar, ab), (bl, bt, br, bb) = a.tolist(), b.tolist()
-    shared = max(min(ar, br) - max(al, bl), 0.0) * max(min(ab, bb) - max(at, bt), 0.0)
-    return float(shared / min((ar - al) * (ab - at), (br - bl) * (bb - bt)))
+def _covered(rectangles: Vector, covers: Vector) -> Vector:
+    """Share of the area of each of n rectangles (4, n) that each of m covers (4, m) overlaps, (n, m)."""
+    left, top, right, bottom = rectangles[:, :, None]
+    width = np.minimum(right, covers[2]) - np.maximum(left, covers[0])
+    height = np.minimum(bottom, covers[3]) - np.maximum(top, covers[1])
+    shared = np.maximum(width, 0) * np.maximum(height, 0)
+    share: Vector = shared / ((right - left) * (bottom - top))
+    return share
 
 
-def _touch(a: Object, b: Object) -> bool:
-    def reach(o: Object) -> float:
-        return 1.42 * max(o.solid.radius, o.pedestal.radius if o.pedestal else 0.0)
-
-    return bool(np.hypot(a.solid.base[0] - b.solid.base[0], a.solid.base[1] - b.solid.base[1]) < reach(a) + reach(b))
-
-
-def render(scene: Scene, size: int = 64) -> Rendering:
-    """Cast one ray per pixel, and one shadow ray per hit.
+def render(scene: Scene) -> Rendering:
+    """Cast one ray per pixel, and a shadow ray where that meets a lit surface, at the size of the scene's level.
 
     Returns:
-        image uint8, depth float32 and panoptic int32, all (size, size); every id of `segments` that is visible is in
-        `panoptic`.
+        image uint8, depth float32 and panoptic int32, all (size, size); every id that is visible is in `segments`.
     """
-    camera = scene.camera
+    camera, size = scene.camera, scene.level.size
     solids, segments = _list(scene)
-    steps = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    u, v = np.meshgrid(steps * camera.tan_half_fov, -steps * camera.tan_half_fov)
-    rays = np.stack([u, v, np.ones_like(u)], axis=-1).reshape(-1, 3) @ camera.axes.astype(np.float32)
+    steps = ((np.arange(size) + 0.5) / size * 2 - 1) * camera.tan_half_fov
+    right, up, forward = camera.axes[:, :, None, None]
+    rays = (right * steps - up * steps[:, None] + forward).astype(np.float32)  # (3, size, size)
+    depth, shown = _cast(scene, solids, rays)
+
     origin = np.array([0, 0, camera.height], np.float32)
-
-    wall_normal = np.array([np.sin(scene.wall_yaw), -np.cos(scene.wall_yaw), 0], np.float32)
-    with np.errstate(divide="ignore"):
-        to_floor = np.where(rays[:, 2] < -1e-6, -camera.height / rays[:, 2], np.inf)
-        facing = -(rays @ wall_normal)
-        to_wall = np.where(facing > 1e-6, scene.wall_distance * np.cos(scene.wall_yaw) / facing, np.inf)
-    depth = np.minimum(to_floor, to_wall).astype(np.float32)
-    ids = np.where(to_floor <= to_wall, segments[0].id, segments[1].id).astype(np.int32)
-    for solid, segment in zip(solids, segments[2:], strict=True):
-        hit = _near(camera, solid, rays)
-        t = intersect(solid, origin, rays[hit])
-        closer = t < depth[hit]
-        depth[hit[closer]] = t[closer]
-        ids[hit[closer]] = segment.id
-
-    points = origin + depth[:, None] * rays
-    normals = np.empty_like(points)
-    albedo = np.empty_like(points)
-    on_floor, on_wall = ids == segments[0].id, ids == segments[1].id
-    normals[on_floor], normals[on_wall] = (0, 0, 1), wall_normal
-    albedo[on_floor] = _texture(scene.floor, points[on_floor, 0], points[on_floor, 1])
-    along = points[on_wall] @ np.array([wall_normal[1], -wall_normal[0], 0], np.float32)
-    albedo[on_wall] = _texture(scene.wall, along, points[on_wall, 2])
-    for solid, segment in zip(solids, segments[2:], strict=True):
-        mine = np.flatnonzero(ids == segment.id)
-        normals[mine] = normals_at(solid, points[mine])
-        albedo[mine] = solid.rgb
-
-    light = np.array(scene.light, np.float32)
-    diffuse = np.maximum(normals @ light, 0) * ~_shadowed(points + 2e-3 * normals, light, solids)
-    colour = albedo * (scene.ambient + (1 - scene.ambient) * diffuse)[:, None]
-    haze = 1 - np.exp(-0.02 * depth)[:, None]
-    noise = np.random.Generator(np.random.PCG64([scene.seed, 1])).standard_normal(colour.shape, np.float32)
-    colour = colour * (1 - haze) + 0.7 * haze + 0.012 * noise
-    image = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return Rendering(image.reshape(size, size, 3), depth.reshape(size, size), ids.reshape(size, size), tuple(segments))
+    points = origin[:, None] + (depth * rays).reshape(3, -1)
+    colour = _shade(scene, solids, points, shown.ravel()).reshape(rays.shape)
+    colour += (0.7 - colour) * (1 - np.exp(-0.02 * depth))  # haze
+    noise = np.random.Generator(np.random.PCG64([scene.seed, 1]))
+    colour += 0.012 * noise.standard_normal(colour.shape, np.float32)
+    image = (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    ids = np.array([s.id for s in segments], np.int32)
+    return Rendering(np.ascontiguousarray(image), depth, ids.take(shown), tuple(segments))
 
 
 def _list(scene: Scene) -> tuple[list[Solid], list[Segment]]:
@@ -308,38 +320,85 @@ def _list(scene: Scene) -> tuple[list[Solid], list[Segment]]:
     return solids, segments
 
 
-def _near(camera: Camera, solid: Solid, rays: Vector) -> NDArray[np.int64]:
-    """Indices of the rays that pass the solid's bounding ball: only those are intersected exactly."""
-    centre = (solid.centre - np.array([0, 0, camera.height])).astype(np.float32)
-    along = rays @ centre
-    return np.flatnonzero(along**2 >= (centre @ centre - solid.bound**2) * np.einsum("ij,ij->i", rays, rays))
+def _wall_normal(scene: Scene) -> Vector:
+    return np.array([np.sin(scene.wall_yaw), -np.cos(scene.wall_yaw), 0], np.float32)
 
 
-def _shadowed(points: Vector, light: Vector, solids: list[Solid]) -> NDArray[np.bool_]:
-    """Which points (n, 3) see no light because a solid is in the way."""
-    first = np.cross(light, (0, 0, 1))
-    across = np.stack([first / np.linalg.norm(first), np.cross(light, first / np.linalg.norm(first))]).astype(
-        np.float32
-    )
-    flat = points @ across.T
-    dark = np.zeros(len(points), bool)
-    for solid in solids:
-        away = flat - across @ solid.centre.astype(np.float32)
-        near = np.flatnonzero((np.einsum("ij,ij->i", away, away) < solid.bound**2) & ~dark)
-        dark[near] = np.isfinite(intersect(solid, points[near], light[None]))
+def _cast(scene: Scene, solids: list[Solid], rays: Vector) -> tuple[Vector, NDArray[np.intp]]:
+    """Depth and number of the segment that is seen (0 floor, 1 wall, then the solids), (size, size) each."""
+    height = np.float32(scene.camera.height)
+    to_floor = height / np.maximum(-rays[2], np.float32(1e-6))  # beyond the wall for rays that rise
+    to_wall = np.float32(-scene.wall_distance * np.cos(scene.wall_yaw)) / _dot(_wall_normal(scene), rays)
+    depth, shown = np.minimum(to_floor, to_wall), np.where(to_floor <= to_wall, 0, 1)
+    for number, (solid, window) in enumerate(zip(solids, _windows(scene, solids), strict=True), 2):
+        t = intersect(solid, np.array([0, 0, height], np.float32), rays[:, *window])
+        closer = t < depth[window]
+        np.copyto(depth[window], t, where=closer)
+        np.copyto(shown[window], number, where=closer)
+    return depth, shown
+
+
+def _windows(scene: Scene, solids: list[Solid]) -> list[tuple[slice, slice]]:
+    """Rows and columns of the image that hold each solid: those of its bounding box."""
+    size = scene.level.size
+    halves = [(s.reach, s.reach, s.height / 2) for s in solids]
+    rectangles = _rectangles(scene.camera, np.transpose([s.centre for s in solids]), np.transpose(halves))
+    pixels = (rectangles + 1) / 2 * size - 0.5
+    ends = np.concatenate([np.floor(pixels[:2]), np.ceil(pixels[2:]) + 1]).clip(0, size).astype(int)
+    return [(slice(top, bottom), slice(left, right)) for left, top, right, bottom in ends.T.tolist()]
+
+
+def _shade(scene: Scene, solids: list[Solid], points: Vector, shown: NDArray[np.intp]) -> Vector:
+    """Colours (3, n) of points (3, n) on the segments `shown` (n,): Lambert's law, with ambient light and shadows."""
+    light, wall_normal = np.array(scene.light, np.float32), _wall_normal(scene)
+    pixels = [np.flatnonzero(shown == number) for number in range(2 + len(solids))]
+    facing = np.empty(len(shown), np.float32)  # cosine between normal and light
+    facing[pixels[0]], facing[pixels[1]] = light[2], _dot(wall_normal, light)
+    for solid, mine in zip(solids, pixels[2:], strict=True):
+        facing[mine] = _dot(light, normals_at(solid, points.take(mine, axis=1)))
+    lit = np.flatnonzero(facing > 0)
+    diffuse = np.zeros_like(facing)
+    diffuse[lit] = facing[lit] * ~_shadowed(points.take(lit, axis=1), shown[lit], light, solids)
+
+    tone = 2 * shown  # column of the palette: two for each segment
+    x, y, _ = points.take(pixels[0], axis=1)
+    tone[pixels[0]] += _pattern(scene.floor, x, y)
+    x, y, z = points.take(pixels[1], axis=1)
+    tone[pixels[1]] += _pattern(scene.wall, wall_normal[1] * x - wall_normal[0] * y, z)
+    palette = np.array([*scene.floor.rgb, *scene.wall.rgb, *(s.rgb for s in solids for _ in range(2))], np.float32)
+    return palette.T.take(tone, axis=1) * (scene.ambient + (1 - scene.ambient) * diffuse)
+
+
+def _shadowed(points: Vector, shown: NDArray[np.intp], light: Vector, solids: list[Solid]) -> NDArray[np.bool_]:
+    """Which points (3, n), facing the light on the segments `shown`, see none as another solid is in the way, (n,)."""
+    x, y, z = light.tolist()
+    q = math.hypot(x, y)
+    first, second = np.array([[y / q, -x / q, 0], [x * z / q, y * z / q, -q]], np.float32)  # both across the light
+    a, b = _dot(first, points), _dot(second, points)
+    dark = np.zeros(points.shape[1], bool)
+    for number, solid in enumerate(solids, 2):
+        # Seen from the light, a solid stays within its ball; and being convex, it cannot shade its own lit side.
+        centre = solid.centre.astype(np.float32)
+        off_a, off_b = a - _dot(first, centre), b - _dot(second, centre)
+        near = np.flatnonzero((off_a * off_a + off_b * off_b < solid.bound**2) & (shown != number))
+        dark[near] |= np.isfinite(intersect(solid, points.take(near, axis=1), light))
     return dark
 
 
-def _texture(surface: Surface, a: Vector, b: Vector) -> Vector:
-    """Colours (n, 3) at surface coordinates a, b (n,) in metres."""
+def _dot(vector: Vector, vectors: Vector) -> Vector:
+    """Dot products of (3,) with (3, …); spelled out, as BLAS may round otherwise with another number of threads."""
+    product: Vector = vector[0] * vectors[0] + vector[1] * vectors[1] + vector[2] * vectors[2]
+    return product
+
+
+def _pattern(surface: Surface, a: Vector, b: Vector) -> NDArray[np.bool_]:
+    """Where the surface shows its second colour, of coordinates a, b (n,) in metres."""
     i, j = a / surface.period, b / surface.period
-    if surface.pattern == "plain":
-        mix = np.zeros_like(i)
-    elif surface.pattern == "checked":
-        mix = (np.floor(i) + np.floor(j)) % 2
+    second: NDArray[np.bool_] = np.zeros(i.shape, bool)
+    if surface.pattern == "checked":
+        second = (np.floor(i) + np.floor(j)) % 2 > 0
     elif surface.pattern == "striped":
-        mix = np.floor(2 * i) % 2
-    else:  # tiles: thin joints
-        mix = ((i % 1 < 0.12) | (j % 1 < 0.12)).astype(np.float32)
-    first, second = (np.array(c, np.float32) for c in surface.rgb)
-    return first + mix[:, None].astype(np.float32) * (second - first)
+        second = np.floor(2 * i) % 2 > 0
+    elif surface.pattern == "tiled":  # thin joints
+        second = (i - np.floor(i) < 0.12) | (j - np.floor(j) < 0.12)
+    return second

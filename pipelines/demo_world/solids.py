@@ -1,5 +1,6 @@
 """The solids of the demo world, and where rays meet them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.floating[Any]]
+Number = float | np.floating[Any]
 Shape = Literal["sphere", "box", "cylinder", "cone"]
 SHAPES: tuple[Shape, ...] = ("sphere", "box", "cylinder", "cone")
 
@@ -30,12 +32,17 @@ class Solid:
     @property
     def bound(self) -> float:
         """Radius of a ball around `centre` that holds the solid."""
-        return float(np.hypot(self.radius * (1.4143 if self.shape == "box" else 1.0), self.height / 2))
+        return math.hypot(self.reach, self.height / 2)
+
+    @property
+    def reach(self) -> float:
+        """Radius of the upright cylinder that holds the solid: a box's corners lie farther out than its sides."""
+        return self.radius * (1.4143 if self.shape == "box" else 1.0)
 
 
 def _local(solid: Solid, vectors: Vector, is_point: bool) -> tuple[Vector, Vector, Vector]:
-    """World vectors (n, 3) in the solid's frame: foot at the origin, yaw undone."""
-    x, y, z = vectors.T
+    """World vectors (3, …) in the solid's frame, each component (…): foot at the origin, yaw undone."""
+    x, y, z = vectors
     if is_point:
         x, y, z = x - np.float32(solid.base[0]), y - np.float32(solid.base[1]), z - np.float32(solid.base[2])
     if solid.shape == "box":
@@ -45,66 +52,68 @@ def _local(solid: Solid, vectors: Vector, is_point: bool) -> tuple[Vector, Vecto
 
 
 def intersect(solid: Solid, origins: Vector, directions: Vector) -> Vector:
-    """Smallest positive ray parameter at which each ray enters the solid, inf where it misses.
+    """Smallest positive ray parameter at which each ray enters the solid, (…); inf where it misses.
 
-    One of `origins`, `directions` may hold a single vector; both (n, 3) or broadcastable.
+    Every solid is an intersection of slabs and, unless it is a box, a quadric; a ray is inside between the last entry
+    and the first exit (Kay and Kajiya 1986).
+
+    Args:
+        origins, directions: components first, (3, …), and broadcast: one of them may be a single vector, (3,).
     """
-    ox, oy, oz = _local(solid, np.atleast_2d(origins), True)
+    ox, oy, oz = _local(solid, origins, True)
     dx, dy, dz = _local(solid, directions, False)
     radius, height = np.float32(solid.radius), np.float32(solid.height)
     with np.errstate(divide="ignore", invalid="ignore"):
         if solid.shape == "box":
-            near: Vector | np.float32 = np.float32(-np.inf)
-            far: Vector | np.float32 = np.float32(np.inf)
-            for o, d, low, high in (
-                (ox, dx, -radius, radius),
-                (oy, dy, -radius, radius),
-                (oz, dz, np.float32(0), height),
-            ):
-                a, b = (low - o) / d, (high - o) / d
-                near, far = np.maximum(near, np.minimum(a, b)), np.minimum(far, np.maximum(a, b))
-            return np.where((near <= far) & (near > 0), near, np.inf)
-        if solid.shape == "sphere":
-            oz = oz - radius
-            a, b, c = dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - radius**2
+            spans = [_slab(ox, dx, -radius, radius), _slab(oy, dy, -radius, radius), _slab(oz, dz, 0, height)]
+        elif solid.shape == "sphere":
+            spans = [_quadric(ox, oy, oz - radius, dx, dy, dz, radius * radius, np.float32(-1))]
         elif solid.shape == "cylinder":
-            a, b, c = dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy - radius**2
-        else:  # a cone: the radius shrinks linearly to 0 at `height`
+            spans = [_quadric(ox, oy, oz, dx, dy, dz, radius * radius, np.float32(0)), _slab(oz, dz, 0, height)]
+        else:
             slope = radius / height
-            rest, change = slope * (height - oz), -slope * dz
-            a, b, c = dx * dx + dy * dy - change**2, ox * dx + oy * dy - rest * change, ox * ox + oy * oy - rest**2
-        root = np.sqrt(b * b - a * c)  # NaN where the ray misses: every comparison below is then False
-        best = np.full(root.shape, np.inf, np.float32)
-        for t in ((-b - root) / a, (-b + root) / a):
-            z = oz + t * dz
-            inside = (t > 0) & (t < best)
-            if solid.shape != "sphere":
-                inside &= (z >= 0) & (z <= height)
-            best = np.where(inside, t, best)
-        if solid.shape == "cylinder":
-            t = (height - oz) / dz
-            x, y = ox + t * dx, oy + t * dy
-            best = np.where((t > 0) & (t < best) & (x * x + y * y <= radius**2), t, best)
-    return best
+            spans = [_quadric(ox, oy, oz - height, dx, dy, dz, np.float32(0), slope**2), _slab(oz, dz, 0, height)]
+        near, far = spans[0]
+        for entry, leave in spans[1:]:
+            near, far = np.maximum(near, entry), np.minimum(far, leave)
+        return np.where((near <= far) & (near > 0), near, np.float32(np.inf))
+
+
+def _slab(o: Vector, d: Vector, low: Number, high: Number) -> tuple[Vector, Vector]:
+    """Where rays enter and leave low ≤ o + t·d ≤ high."""
+    a, b = (low - o) / d, (high - o) / d
+    return np.minimum(a, b), np.maximum(a, b)
+
+
+def _quadric(
+    ox: Vector, oy: Vector, oz: Vector, dx: Vector, dy: Vector, dz: Vector, square: Number, bend: Number
+) -> tuple[Vector, Vector]:
+    """Where rays enter and leave x² + y² ≤ square + bend·z²; NaN where they miss. Of a double cone, the lower half."""
+    a = dx * dx + dy * dy - bend * dz * dz
+    b = ox * dx + oy * dy - bend * oz * dz
+    c = ox * ox + oy * oy - bend * oz * oz - square
+    root = np.sqrt(b * b - a * c)
+    near, far = (-b - root) / a, (-b + root) / a
+    if bend > 0:  # a ray steeper than the cone goes on inside for ever, downwards
+        near, far = np.where((a < 0) & (dz > 0), -np.inf, near), np.where((a < 0) & (dz < 0), np.inf, far)
+    return near, far
 
 
 def normals_at(solid: Solid, points: Vector) -> Vector:
-    """Outward unit normals (n, 3) at surface points (n, 3)."""
+    """Outward unit normals (3, n) at surface points (3, n)."""
     x, y, z = _local(solid, points, True)
     if solid.shape == "box":
-        offsets = np.stack([x / solid.radius, y / solid.radius, (z - solid.height / 2) / (solid.height / 2)], axis=-1)
-        face = np.abs(offsets).argmax(axis=-1)
-        local = np.zeros_like(offsets)
-        rows = np.arange(len(offsets))
-        local[rows, face] = np.sign(offsets[rows, face])
-        c, s = np.cos(solid.yaw), np.sin(solid.yaw)
-        return np.stack([c * local[:, 0] - s * local[:, 1], s * local[:, 0] + c * local[:, 1], local[:, 2]], axis=-1)
+        offsets = np.stack([x / solid.radius, y / solid.radius, z * (2 / solid.height) - 1])
+        face = np.abs(offsets).argmax(axis=0)
+        x, y, z = np.sign(offsets) * (face == np.arange(3)[:, None])
+        c, s = np.float32(np.cos(solid.yaw)), np.float32(np.sin(solid.yaw))
+        return np.stack([c * x - s * y, s * x + c * y, z])
     if solid.shape == "sphere":
-        normals = np.stack([x, y, z - solid.radius], axis=-1)
-    elif solid.shape == "cylinder":
-        top = z > solid.height - 1e-3
-        normals = np.stack([np.where(top, 0, x), np.where(top, 0, y), np.where(top, 1, 0)], axis=-1)
-    else:
-        normals = np.stack([x, y, np.hypot(x, y) * solid.radius / solid.height], axis=-1)
-    lengths: Vector = np.linalg.norm(normals, axis=-1, keepdims=True)
-    return normals / np.maximum(lengths, 1e-6)
+        return np.stack([x, y, z - solid.radius]) / np.float32(solid.radius)
+    slope = 0.0 if solid.shape == "cylinder" else solid.radius / solid.height
+    away = np.hypot(x, y)
+    on_cap = away < solid.radius - slope * z - 1e-3  # nearer to the axis than the side is
+    cap = np.copysign(np.float32(1), z - solid.height / 2)
+    length = np.maximum(away, np.float32(1e-6)) * math.hypot(1, slope)
+    up = np.float32(slope / math.hypot(1, slope))
+    return np.stack([np.where(on_cap, 0, x / length), np.where(on_cap, 0, y / length), np.where(on_cap, cap, up)])
