@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 TASKS = ("Count", "Relation", "Depth", "Distance")
 LETTERS = "ABCDEF"
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LAYOUT = 8  # cells along a side of the map in words: the patches of the student's tower
 ENOUGH_PIXELS = 12  # an object that shows fewer is not asked about
 DESCRIBE = (
