@@ -62,6 +62,7 @@ class DemoWorldSource(Section):
     kind: Literal["demo_world"]
     split: Literal["pretrain", "finetune", "probe"]
     scenes: Positive
+    level: Literal["easy", "hard"] = "easy"
     samples_per_tar: Positive = 250
 
 
@@ -178,6 +179,7 @@ class EvalConfig(Section):
 
     cv_bench: str  # folder with test_2d.parquet and test_3d.parquet
     scenes: Positive | None = None  # demo world: rendered into that folder if it is not there
+    level: Literal["easy", "hard"] = "easy"  # of those scenes
     student: str = "finetune"
     batch: Positive = 16
     max_new_tokens: Positive = 128

@@ -39,7 +39,7 @@ def build(config: PipelineConfig) -> None:
             "bytes": sum(tar.bytes for tar in corpus.tars),
         }
     if config.eval and config.eval.scenes and not (Path(config.eval.cv_bench) / "baselines.json").exists():
-        build_benchmark(config.eval.scenes, Path(config.eval.cv_bench), seed=config.seed)
+        build_benchmark(config.eval.scenes, Path(config.eval.cv_bench), config.seed, level=config.eval.level)
     table = Table("corpus", "tars", "samples", "images", "MB", title=None)
     for name, row in summary.items():
         table.add_row(name, *(f"{row[k]:,}" for k in ("tars", "samples", "images")), f"{row['bytes'] / 1e6:.1f}")
@@ -76,4 +76,4 @@ def _render(name: str, source: DemoWorldSource, out: Path, seed: int) -> Path:
             rendered += scenes
             progress(rendered, source.scenes, "scenes")
 
-        return build_split(source.split, source.scenes, out, seed, progress=advance)
+        return build_split(source.split, source.scenes, out, seed, progress=advance, level=source.level)

@@ -127,7 +127,7 @@ def score_dots(scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, f
     with _style("scores"):
         figure = Figure(figsize=(7.2, 0.36 * len(shown) + 1.2), layout="constrained")
         axes = figure.subplots()
-        for marker, color, (name, values) in zip("|xds^v", COLORS[1:], baselines.items(), strict=False):
+        for marker, color, (name, values) in zip("|xds^v*", COLORS[1:], baselines.items(), strict=False):
             points = [(100 * values[row], y) for y, row in enumerate(shown) if row in values]
             axes.plot(*zip(*points, strict=True), marker, color=color, markersize=8, markeredgewidth=2, label=name)
         axes.errorbar(
@@ -143,7 +143,7 @@ def score_dots(scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, f
         left, right = axes.get_xlim()
         axes.set(xlabel="accuracy in %", xlim=(max(left, 0), min(right, 100)), ylim=(-0.6, len(shown) - 0.4))
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=1 + len(baselines))
+        figure.legend(loc="outside lower center", ncols=4)
         said = "; ".join(f"{row} {scores[row]['accuracy']:.1%}" for row in shown[::-1])
         return _svg(figure, f"CV-Bench accuracies: {said}")
 

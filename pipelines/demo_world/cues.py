@@ -1,103 +1,90 @@
-"""What can be had without depth: a model of two-dimensional cues, and choosing questions it cannot answer.
+"""What can be had without depth: a model of two-dimensional cues, and the single ones a person would name.
 
 Objects lower in the image, bigger, or off a pedestal tend to be closer; a student that learns this much answers 3-D
-questions without depth. So questions are chosen such that a fitted model of the named objects' 2-D boxes is as often
-wrong as right at every level of its confidence, and its score is printed beside the student's.
+questions without depth. So questions are chosen such that a fitted model of the named objects' 2-D boxes cannot tell
+their answers (`matching`), and what cues still score is printed beside the student's (`benchmark`). The model is
+fitted by `train_cues` on many more scenes than anyone would render for a benchmark, and ships with the weights.
 """
 
-import itertools
+import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from pipelines.demo_world.language import Question, balance
+from pipelines.demo_world.language import Question, View
 
-Array = NDArray[np.float64]
+Array = NDArray[np.float32]
+WEIGHTS = Path(__file__).parent / "weights" / "cues" / "model.safetensors"
 THREE_D = ("Depth", "Distance")
+SINGLE_CUES = ("height", "size", "pedestal", "image distance")
 
 
-class BoxModel:
-    """Logistic regression on quadratic features of boxes, antisymmetric in the two candidates; one per task."""
+def scores(questions: Sequence[Question]) -> Array:
+    """Log odds the cue model gives to the object named first of the two that are compared, (n,) float32.
 
-    def __init__(self, questions: Sequence[Question]) -> None:
-        """Fit on questions of the tasks in `THREE_D`."""
-        self.weights: dict[str, Array] = {}
-        for task in THREE_D:
-            asked = [q for q in questions if q.task == task]
-            x = np.array([_features(q) for q in asked])
-            self.weights[task] = _fit(x, np.array([q.first for q in asked]))
-
-    def right(self, questions: Sequence[Question]) -> Array:
-        """The probability it gives to each question's right answer, (n,)."""
-        scores = np.array([_features(q) @ self.weights[q.task] * (1 if q.first else -1) for q in questions])
-        right: Array = 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
-        return right
-
-
-def without_cues(
-    questions: Sequence[Question], rng: np.random.Generator, reference: Sequence[Question] | None = None
-) -> list[Question]:
-    """The 3-D questions on which fitted `BoxModel`s are as often wrong as right, at every level of confidence.
-
-    Args:
-        questions: any; only those of the tasks in `THREE_D` are looked at, and their order is kept.
-        rng: which of several equally good ones stay.
-        reference: what the models are fitted on, a larger pool for example; default: the questions themselves.
+    0 where there is nothing to choose by cues: tasks that are not in `THREE_D`.
     """
-    kept = [q for q in questions if q.task in THREE_D]
-    pool = kept if reference is None else [q for q in reference if q.task in THREE_D]
-    for _ in range(2):
-        model = BoxModel(pool)
-        evened = _even(pool, model, rng)
-        kept = evened if pool is kept else _even(kept, model, rng)
-        pool = evened
-    return kept
+    found = np.zeros(len(questions), np.float32)
+    for task in THREE_D:
+        rows = [row for row, question in enumerate(questions) if question.task == task]
+        if rows:
+            asked = [questions[row] for row in rows]
+            found[rows] = _network(task, features(asked)) - _network(task, features([q.turned() for q in asked]))
+    return found
 
 
-def _even(questions: list[Question], model: BoxModel, rng: np.random.Generator) -> list[Question]:
-    right = model.right(questions)
-    level = np.minimum(np.abs(right - 0.5) * 20, 7).astype(int)
-    rows = balance(
-        range(len(questions)),
-        lambda i: (questions[i].task, int(level[i])),
-        lambda i: bool(right[i] > 0.5),
-        (True, False),
-        rng,
-    )
-    return [questions[i] for i in rows]
+def features(questions: Sequence[Question]) -> Array:
+    """What boxes tell about the objects named, questions of one task: (n, 12) of Depth, (n, 30) of Distance, float32.
+
+    Of every object the centre, foot, top, width, height and whether it is on a pedestal; of distances also how far
+    each of the two is from the third in all of these but the last, and in the image.
+    """
+    left, top, right, bottom, raised = np.moveaxis(np.array([q.views for q in questions], np.float32), -1, 0)
+    objects = np.stack([(left + right) / 2 - 0.5, bottom - 0.5, top - 0.5, right - left, bottom - top, raised], axis=-1)
+    columns = list(np.moveaxis(objects, 1, 0))
+    if questions[0].task == "Distance":
+        for other in columns[1:3]:
+            offset = np.abs(other - columns[0])[:, :5]
+            columns += [offset, np.hypot(offset[:, :1], offset[:, 1:2])]
+    return np.concatenate(columns, axis=1)
 
 
-def _features(question: Question) -> Array:
-    """Difference of the two candidates' features, the first-named minus the second."""
-    if question.task == "Depth":
-        first, second = (_view(v) for v in question.views)
+def single_cues(question: Question) -> dict[str, float]:
+    """By cue, how much more it speaks for the object named first of the two that are compared; 0: not at all.
+
+    Of depth: lower in the image (``height``), bigger, on a pedestal. Of distance: more like the third object in these,
+    or nearer to it in the image (``image distance``). Which way a cue points is for the user to fit.
+    """
+
+    def seen(view: View) -> tuple[float, float, float, complex]:
+        left, top, right, bottom, raised = view
+        return bottom, math.log((right - left) * (bottom - top)), raised, complex((left + right) / 2, bottom)
+
+    *third, first, second = (seen(view) for view in question.views)
+    if third:
+        towards = [abs(b - c) - abs(a - c) for a, b, c in zip(first, second, third[0], strict=True)]
     else:
-        anchor, a, b = (_view(v) for v in question.views)
-        first, second = _apart(anchor, a), _apart(anchor, b)
-    return _quadratic(first) - _quadratic(second)
+        towards = [*(a - b for a, b in zip(first[:3], second[:3], strict=True)), 0.0]
+    return dict(zip(SINGLE_CUES, towards, strict=True))
 
 
-def _view(view: tuple[float, ...]) -> Array:
-    """Centre, foot, top, width, height in the image, and whether it stands on a pedestal, (6,)."""
-    left, top, right, bottom, raised = view
-    return np.array([(left + right) / 2 - 0.5, bottom - 0.5, top - 0.5, right - left, bottom - top, raised])
+def first_is_right(questions: Sequence[Question]) -> NDArray[np.bool_]:
+    """Whether the object named first of the two that are compared is the answer, (n,) bool; tasks in `THREE_D`."""
+    return np.array([q.choices[q.answer] == q.names[-2] for q in questions])
 
 
-def _apart(anchor: Array, other: Array) -> Array:
-    offset = np.abs(anchor - other)
-    return np.array([*offset, np.hypot(offset[0], offset[1]), np.hypot(offset[0], offset[2]), *other[3:5]])
+@cache
+def _weights() -> dict[str, Array]:
+    return load_file(WEIGHTS)
 
 
-def _quadratic(v: Array) -> Array:
-    return np.array([*v, *(a * b for a, b in itertools.combinations_with_replacement(v, 2))])
-
-
-def _fit(x: Array, y: NDArray[np.bool_], penalty: float = 0.1, steps: int = 15) -> Array:
-    """Newton's method for logistic regression without intercept on x (n, d), y (n,)."""
-    w = np.zeros(x.shape[1])
-    for _ in range(steps):
-        p = 1 / (1 + np.exp(-np.clip(x @ w, -30, 30)))
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty * np.eye(len(w))
-        w = w - np.linalg.solve(hessian, x.T @ (p - y) + penalty * w)
-    return w
+def _network(task: str, x: Array) -> Array:
+    """The cue model's two hidden layers, (n, d) → (n,)."""
+    w = _weights()
+    for layer in range(3):
+        x = (np.maximum(x, 0) if layer else x) @ w[f"{task}.{layer}.weight"].T + w[f"{task}.{layer}.bias"]
+    return x[:, 0]

@@ -5,10 +5,8 @@ to distil.
 """
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -16,13 +14,13 @@ from pipelines.demo_world.scenes import Rendering, Scene
 from pipelines.demo_world.solids import SHAPES
 
 Rng = np.random.Generator
-T = TypeVar("T")
 
 TASKS = ("Count", "Relation", "Depth", "Distance")
 LETTERS = "ABCDEF"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LAYOUT = 8  # cells along a side of the map in words: the patches of the student's tower
-ENOUGH_PIXELS = 12  # an object that shows fewer is not asked about
+ENOUGH = 0.0029  # an object that shows on a smaller share of the image is not asked about: 12 pixels of 64 x 64
+RELATIONS, DISTANCES = 4, 6  # pairs a scene is asked about, and pairs of distances to each object, at most
 DESCRIBE = (
     "Describe the image.",
     "What is in the image?",
@@ -31,17 +29,34 @@ DESCRIBE = (
 )
 
 
+#: What is asked about the names of a question.
+TEXTS = {
+    "Count": "How many {} are in the image?",
+    "Relation": "Considering the relative positions of the {0} and the {1} in the image provided, "
+    "where is the {0} located with respect to the {1}?",
+    "Depth": "Which object is closer to the camera taking this photo, the {} or the {}?",
+    "Distance": "Estimate the real-world distances between objects in this image. "
+    "Which object is closer to the {}, the {} or the {}?",
+}
+View = tuple[float, float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Question:
     """One multiple-choice question; `kind` is finer than `task`, and answers are balanced within it."""
 
     task: str
     kind: str
-    text: str
+    names: tuple[str, ...]  # whom the text is about; of objects, the last two are compared
     choices: tuple[str, ...]
     answer: int  # index into choices
-    views: tuple[tuple[float, ...], ...] = ()  # of the objects named: visible 2-D box, and 1 if on a pedestal
-    first: bool = False  # of two candidates, the one named first is right
+    scene: int  # seed of the scene it is about
+    views: tuple[View, ...] = ()  # of the objects named: left, top, right, bottom of what shows, 1 if on a pedestal
+
+    @property
+    def text(self) -> str:
+        """The question without its choices."""
+        return TEXTS[self.task].format(*self.names)
 
     @property
     def letter(self) -> str:
@@ -54,13 +69,27 @@ class Question:
         lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join([f"{self.text} Select from the following choices.", *lines])
 
+    def turned(self) -> "Question":
+        """The same with the two objects that are compared in the other order: so is the answer's place in `choices`."""
+        *anchor, one, other = self.names
+        *seen, first, second = self.views
+        choices = self.choices if self.task == "Relation" else self.choices[::-1]
+        return replace(
+            self,
+            names=(*anchor, other, one),
+            views=(*seen, second, first),
+            choices=choices,
+            answer=len(choices) - 1 - self.answer,
+        )
+
 
 def caption(scene: Scene, rng: Rng) -> str:
     """One of several phrasings; names every object once, from left to right, or tells their places in pairs."""
-    order = sorted(range(len(scene.objects)), key=lambda i: _place(scene, i)[0])
+    places = scene.camera.project(np.stack([item.solid.centre for item in scene.objects]))
+    order = places[:, 0].argsort().tolist()
     names = [scene.objects[i].name for i in order]
     things = [_article(scene.objects[i].name) + (" on a pedestal" if scene.objects[i].pedestal else "") for i in order]
-    style = int(rng.integers(5))
+    style = int(rng.integers(6))
     if style == 0:
         text = f"From left to right: {_join(things)}."
     elif style == 1:
@@ -70,12 +99,14 @@ def caption(scene: Scene, rng: Rng) -> str:
     elif style == 3:
         pairs = [f"The {a} is to the left of the {b}." for a, b in list(itertools.pairwise(names))[:2]]
         text = f"There is {_join(things)}. " + " ".join(pairs)
+    elif style == 4:
+        text = f"From right to left: {_join(things[::-1])}."
     else:
         counts = [(NUMBERS[n], s) for s in SHAPES if (n := sum(o.solid.shape == s for o in scene.objects))]
         text = f"There are {_join([f'{n} {s if n == NUMBERS[1] else plural(s)}' for n, s in counts])}: {_join(things)}."
     if rng.random() < 0.5:
         text += f" {surfaces(scene)}"
-    above = _stacked(scene, rng)
+    above = _stacked(scene, places[:, 1].tolist(), rng)
     return f"{text} {above}" if above and rng.random() < 0.5 else text
 
 
@@ -90,76 +121,87 @@ def plural(shape: str) -> str:
 
 
 def questions(scene: Scene, rendering: Rendering, rng: Rng) -> list[Question]:
-    """Every kind of question the scene admits, a few of each; what is ambiguous in the image is not asked."""
-    boxes = [rendering.box(i) for i in range(len(scene.objects))]
-    views: list[tuple[float, ...]] = [
-        (*box, float(item.pedestal is not None)) if box else () for box, item in zip(boxes, scene.objects, strict=True)
-    ]
-    seen = [i for i in range(len(boxes)) if rendering.pixels(i) >= ENOUGH_PIXELS]
+    """Every kind of question the scene admits, many of each; what is ambiguous in the image is not asked.
+
+    Choices are in natural order: numbers rising, left before right, above before below, and objects as they are named.
+    """
+    boxes = [rendering.box(i) or (0.0, 0.0, 0.0, 0.0) for i in range(len(scene.objects))]
+    raised = [float(item.pedestal is not None) for item in scene.objects]
+    centres = np.stack([item.solid.centre for item in scene.objects])
+    ask = _Asker(
+        scene,
+        names=_short_names(scene),
+        views=[(*box, foot) for box, foot in zip(boxes, raised, strict=True)],
+        depths=scene.camera.project(centres)[:, 2].tolist(),
+        apart=np.linalg.norm(centres[:, None] - centres, axis=-1).tolist(),
+    )
+    seen = [i for i in range(len(boxes)) if rendering.pixels(i) >= ENOUGH * rendering.panoptic.size]
+    found = ask.count() if len(seen) == len(boxes) else []
     pairs = list(itertools.combinations(rng.permutation(seen).tolist(), 2))
-    found = _count(scene) if len(seen) == len(boxes) else []
     for a, b in pairs:
-        found += _depth(scene, a, b, views)
-    for a, b in pairs[:2]:
-        found += _relation(scene, a, b, views)
+        found += ask.depth(a, b)
+    for a, b in pairs[:RELATIONS]:
+        found += ask.relation(a, b)
     for anchor in seen:
-        others = [i for i in rng.permutation(seen).tolist() if i != anchor]
-        if len(others) >= 2:
-            found += _distance(scene, anchor, others[0], others[1], views)
+        others = rng.permutation([i for i in seen if i != anchor]).tolist()
+        for a, b in list(itertools.combinations(others, 2))[:DISTANCES]:
+            found += ask.distance(anchor, a, b)
     return found
 
 
-def _count(scene: Scene) -> list[Question]:
-    """How many of a shape (0 to 3), how many objects (2 to 5): always the same four choices, so text tells nothing."""
-    shapes = [(plural(s), sum(o.solid.shape == s for o in scene.objects), 0) for s in SHAPES]
-    return [
-        Question(
-            "Count", what, f"How many {what} are in the image?", tuple(str(first + i) for i in range(4)), number - first
-        )
-        for what, number, first in [*shapes, ("objects", len(scene.objects), 2)]
-        if first <= number < first + 4
-    ]
+def _short_names(scene: Scene) -> list[str]:
+    """What questions call each object; the fewer names there are, the more scenes can be asked the very same."""
+    colours = Counter(item.colour for item in scene.objects)
+    return [f"{item.colour} object" if colours[item.colour] == 1 else item.name for item in scene.objects]
 
 
-def _relation(scene: Scene, a: int, b: int, views: list[tuple[float, ...]]) -> list[Question]:
-    """Left or right, above or below, where centres differ clearly."""
-    one, other = scene.objects[a].name, scene.objects[b].name
-    text = (
-        f"Considering the relative positions of the {one} and the {other} in the image provided, "
-        f"where is the {one} located with respect to the {other}?"
-    )
-    found = []
-    for axis, words in ((0, ("left", "right")), (1, ("above", "below"))):
-        offset = (views[a][axis] + views[a][axis + 2] - views[b][axis] - views[b][axis + 2]) / 2
-        if abs(offset) > 0.12:
-            found.append(Question("Relation", words[0], text, words, int(offset > 0), (views[a], views[b])))
-    return found
+@dataclass(frozen=True)
+class _Asker:
+    """What can be asked about a scene's objects, given by index; [] for what would be ambiguous."""
 
+    scene: Scene
+    names: list[str]
+    views: list[View]
+    depths: list[float]  # of their centres, metres
+    apart: list[list[float]]  # distances between their centres, metres
 
-def _depth(scene: Scene, a: int, b: int, views: list[tuple[float, ...]]) -> list[Question]:
-    """Which of two is closer to the camera, where depths differ by a seventh at least."""
-    depths = scene.depth_of(a), scene.depth_of(b)
-    if max(depths) < 1.15 * min(depths):
-        return []
-    names = scene.objects[a].name, scene.objects[b].name
-    text = f"Which object is closer to the camera taking this photo, the {names[0]} or the {names[1]}?"
-    nearer = depths[0] < depths[1]
-    return [Question("Depth", "depth", text, names, int(not nearer), (views[a], views[b]), nearer)]
+    def count(self) -> list[Question]:
+        """How many of a shape (0 to 3), how many objects: always the same four choices, so that text tells nothing."""
+        shapes = [(plural(s), sum(o.solid.shape == s for o in self.scene.objects), 0) for s in SHAPES]
+        return [
+            Question("Count", what, (what,), tuple(str(least + i) for i in range(4)), number - least, self.scene.seed)
+            for what, number, least in [*shapes, ("objects", len(self.scene.objects), self.scene.level.objects[0])]
+            if least <= number < least + 4
+        ]
 
+    def relation(self, a: int, b: int) -> list[Question]:
+        """Left or right, above or below, where centres differ clearly."""
+        found = []
+        for axis, words in ((0, ("left", "right")), (1, ("above", "below"))):
+            one, other = (self.views[i][axis] + self.views[i][axis + 2] for i in (a, b))
+            if abs(one - other) > 0.24:
+                found.append(self._question("Relation", words[0], (a, b), words, one < other))
+        return found
 
-def _distance(scene: Scene, anchor: int, a: int, b: int, views: list[tuple[float, ...]]) -> list[Question]:
-    """Which of two is closer, in the world, to a third; distances differ by a fifth at least."""
-    centre = scene.objects[anchor].solid.centre
-    apart = [float(np.linalg.norm(scene.objects[i].solid.centre - centre)) for i in (a, b)]
-    if max(apart) < 1.2 * min(apart):
-        return []
-    names = scene.objects[a].name, scene.objects[b].name
-    text = (
-        "Estimate the real-world distances between objects in this image. "
-        f"Which object is closer to the {scene.objects[anchor].name}, the {names[0]} or the {names[1]}?"
-    )
-    nearer = apart[0] < apart[1]
-    return [Question("Distance", "distance", text, names, int(not nearer), (views[anchor], views[a], views[b]), nearer)]
+    def depth(self, a: int, b: int) -> list[Question]:
+        """Which of two is closer to the camera, where depths differ by a seventh at least."""
+        one, other = self.depths[a], self.depths[b]
+        if max(one, other) < 1.15 * min(one, other):
+            return []
+        return [self._question("Depth", "depth", (a, b), (self.names[a], self.names[b]), one < other)]
+
+    def distance(self, anchor: int, a: int, b: int) -> list[Question]:
+        """Which of two is closer, in the world, to a third; distances differ by a fifth at least."""
+        one, other = self.apart[anchor][a], self.apart[anchor][b]
+        if max(one, other) < 1.2 * min(one, other):
+            return []
+        return [self._question("Distance", "distance", (anchor, a, b), (self.names[a], self.names[b]), one < other)]
+
+    def _question(
+        self, task: str, kind: str, objects: tuple[int, ...], choices: tuple[str, str], first: bool
+    ) -> Question:
+        names, views = tuple(self.names[i] for i in objects), tuple(self.views[i] for i in objects)
+        return Question(task, kind, names, choices, int(not first), self.scene.seed, views)
 
 
 def text_only(rng: Rng) -> tuple[str, str]:
@@ -217,38 +259,10 @@ def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:
     return dealt
 
 
-def balance(
-    items: Iterable[T],
-    group: Callable[[T], Hashable],
-    stratum: Callable[[T], Hashable],
-    strata: Sequence[Hashable],
-    rng: Rng,
-) -> list[T]:
-    """A random choice in which, within each group, all `strata` are equally frequent; the items' order is kept."""
-    rows: dict[Hashable, dict[Hashable, list[int]]] = defaultdict(lambda: {s: [] for s in strata})
-    items = list(items)
-    for row, item in enumerate(items):
-        rows[group(item)][stratum(item)].append(row)
-    kept: list[int] = []
-    for found in rows.values():
-        fewest = min(len(members) for members in found.values())
-        for members in found.values():
-            kept += rng.permutation(members)[:fewest].astype(int).tolist()
-    return [items[row] for row in sorted(kept)]
-
-
-def _place(scene: Scene, index: int) -> tuple[float, float]:
-    u, v, _ = scene.camera.project(scene.objects[index].solid.centre[None])[0]
-    return float(u), float(v)
-
-
-def _stacked(scene: Scene, rng: Rng) -> str:
+def _stacked(scene: Scene, heights: list[float], rng: Rng) -> str:
     """One sentence on which of two objects is higher up in the image, if any two differ clearly."""
-    pairs = [
-        (a, b)
-        for a, b in itertools.permutations(range(len(scene.objects)), 2)
-        if _place(scene, a)[1] < _place(scene, b)[1] - 0.24
-    ]
+    objects = range(len(scene.objects))
+    pairs = [(a, b) for a, b in itertools.permutations(objects, 2) if heights[a] < heights[b] - 0.24]
     if not pairs:
         return ""
     a, b = (scene.objects[i].name for i in pairs[int(rng.integers(len(pairs)))])

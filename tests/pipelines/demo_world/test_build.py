@@ -1,17 +1,23 @@
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval import cv_bench
 from pipelines.demo_world.benchmark import SCHEMA
 from pipelines.demo_world.build import TURNS, build_benchmark, build_split
-from pipelines.demo_world.scenes import render, sample_scene, scene_seed
+from pipelines.demo_world.language import DESCRIBE
+from pipelines.demo_world.scenes import SPLITS, render, sample_scene, scene_seed
+
+SCENES = 300  # of the benchmark
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +28,14 @@ def finetune(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def asked(benchmark: Path) -> list[cv_bench.Question]:
+    return cv_bench.load(benchmark)
+
+
+@pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
-    build_benchmark(250, out, seed=0, workers=2)
+    build_benchmark(SCENES, out, seed=0, workers=2)
     return out
 
 
@@ -69,12 +80,22 @@ def test_finetuning_rows_ask_as_the_benchmark_does(finetune: Path) -> None:
         for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
             asked = human["value"].removeprefix("<image>\n")
             assert (asked != human["value"]) == (number == 0)
+            if asked in DESCRIBE:
+                assert gpt["value"].endswith(".")
+                continue
             question, *_ = asked.split(f"\n{cv_bench.SUFFIX}")
             assert cv_bench.build_prompt(question) == f"<image>\n{asked}"
             assert gpt["value"] in ("(A)", "(B)", "(C)", "(D)")
     for row in rows:
         if "image" not in row:
             assert "<image>" not in json.dumps(row)
+
+
+def test_finetuning_also_asks_for_descriptions(finetune: Path) -> None:
+    rows = [row for row in json.loads((finetune / "finetune.json").read_text()) if "image" in row]
+    described = [[turn["value"].removeprefix("<image>\n") in DESCRIBE for turn in row["conversations"]] for row in rows]
+    assert sum(len(turns) == 2 and any(turns) for turns in described) >= 22
+    assert 0.1 < np.mean([any(turns) for turns in described if len(turns) > 2]) < 0.35
 
 
 def test_finetuning_letters_are_balanced(finetune: Path) -> None:
@@ -84,9 +105,17 @@ def test_finetuning_letters_are_balanced(finetune: Path) -> None:
         turns = row["conversations"]
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
             letters[human["value"].removeprefix("<image>\n").split()[0], gpt["value"]] += 1
-    for word in ("Which", "Estimate"):
-        assert abs(letters[word, "(A)"] - letters[word, "(B)"]) <= 1
-    assert abs(letters["Considering", "(A)"] - letters["Considering", "(B)"]) <= 2
+    for word in ("Which", "Estimate", "Considering"):
+        assert letters[word, "(A)"] == letters[word, "(B)"] > 20
+    assert letters["How", "(A)"] == letters["How", "(B)"] == letters["How", "(C)"] == letters["How", "(D)"] > 20
+
+
+@given(
+    st.tuples(st.sampled_from(SPLITS), st.integers(0, 10**8 - 1), st.integers(0, 10**6)),
+    st.tuples(st.sampled_from(SPLITS), st.integers(0, 10**8 - 1), st.integers(0, 10**6)),
+)
+def test_no_scene_is_in_two_splits(one: tuple[str, int, int], other: tuple[str, int, int]) -> None:
+    assert (scene_seed(*one) == scene_seed(*other)) == (one == other)
 
 
 def test_unknown_split_is_refused(tmp_path: Path) -> None:
@@ -109,21 +138,49 @@ def test_benchmark_has_the_published_layout(benchmark: Path) -> None:
     assert all(row["filename"] == row["image"]["path"] for row in rows)
 
 
-def test_blind_answers_are_near_chance(benchmark: Path) -> None:
-    questions = cv_bench.load(benchmark)
-    counts = Counter(q.task for q in questions)
-    for task in ("Relation", "Depth", "Distance"):
-        letters = Counter(q.answer for q in questions if q.task == task)
-        assert abs(letters["A"] - letters["B"]) <= 2
+@given(st.integers())
+def test_whoever_sees_no_picture_is_right_as_often_as_chance(asked: list[cv_bench.Question], seed: int) -> None:
+    """Whatever was learnt from text: an answer that is any function of the prompt is exactly as good as guessing."""
+    right: Counter[str] = Counter()
+    for question in asked:
+        guess = zlib.crc32(f"{seed}{question.prompt}".encode()) % len(question.choices)
+        right[question.task] += question.answer == "ABCD"[guess]
+    for task, n in Counter(question.task for question in asked).items():
+        assert right[task] == n * (0.25 if task == "Count" else 0.5)
+
+
+def test_answers_and_letters_are_balanced(asked: list[cv_bench.Question]) -> None:
+    for task in cv_bench.TASKS:
+        questions = [q for q in asked if q.task == task]
+        assert len(questions) >= 0.08 * SCENES
+        for source in {q.source for q in questions}:
+            letters = Counter(q.answer for q in questions if q.source == source)
+            assert len(letters) == len(questions[0].choices)
+            assert len(set(letters.values())) == 1
+        chosen = Counter((q.question, q.choices["ABCD".index(q.answer)]) for q in questions)
+        for text in {q.question for q in questions if task in ("Count", "Depth", "Distance")}:
+            assert len({n for (other, _), n in chosen.items() if other == text}) == 1
+
+
+def test_baselines_see_no_depth(benchmark: Path, asked: list[cv_bench.Question]) -> None:
     baselines = json.loads((benchmark / "baselines.json").read_text())
-    assert baselines["chance"] == {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
-    for task, chance in baselines["chance"].items():
-        assert counts[task] > 100
-        assert abs(baselines["blind"][task] - chance) < 3 * (chance * (1 - chance) / counts[task]) ** 0.5
-    assert baselines["2-D boxes"].keys() == baselines["chance"].keys()
-    assert baselines["2-D boxes"]["Depth"] < 0.7
+    names = {"chance", "blind", "height", "size", "pedestal", "image distance", "2-D boxes"}
+    assert baselines.keys() == names
+    chance = {"Count": 0.25, "Relation": 0.5, "Depth": 0.5, "Distance": 0.5}
+    assert baselines["chance"] == chance
+    assert baselines["blind"] == pytest.approx(chance)
+    for name in names - {"chance", "blind"}:
+        assert baselines[name].keys() == chance.keys()
+        for task in ("Depth", "Distance"):
+            n = sum(q.task == task for q in asked)
+            assert abs(baselines[name][task] - 0.5) < 3 * (0.25 / n) ** 0.5
+
+
+def test_too_few_scenes_for_a_benchmark_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OlaError, match="3 scenes give no two Count questions of one text; expected some hundred"):
+        build_benchmark(3, tmp_path, seed=0, workers=1)
 
 
 def test_benchmark_is_reproducible(benchmark: Path, tmp_path: Path) -> None:
-    build_benchmark(250, tmp_path, seed=0, workers=1)
+    build_benchmark(SCENES, tmp_path, seed=0, workers=1)
     assert contents(tmp_path) == contents(benchmark)
