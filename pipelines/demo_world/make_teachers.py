@@ -4,17 +4,13 @@ Each training runs in a process and one thread of its own, two at a time: small 
 A training's folder appears whole, with its record inside, or not at all; so the same command goes on after anything.
 """
 
-import ast
-import hashlib
-import inspect
 import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -23,72 +19,81 @@ from threading import Thread
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers.utils import logging
 
 from olavlm.errors import OlaError
 from pipelines.demo_world.build import tell
-from pipelines.demo_world.recipe import FULL, JOBS, QUICK, Material, Numbers, Sizes
+from pipelines.demo_world.card import TOLERANCE, model_card, output_table, probe_table
+from pipelines.demo_world.gates import Measured, measure
+from pipelines.demo_world.recipe import FULL, JOBS, QUICK, Material, Sizes
+from pipelines.demo_world.records import (
+    RECORD,
+    Record,
+    compare,
+    is_current,
+    recipe_hash,
+    sha256,
+    software,
+    weights_file,
+)
 from pipelines.demo_world.samples import render_samples
+from pipelines.demo_world.teacher_sheet import teacher_sheet
 
 SHIPPED = Path(__file__).parent / "weights"
-RECORD = "training.json"
+GATES = "gates.json"
 AT_ONCE = 2
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is known of a finished training; lies in its folder as ``training.json``."""
-
-    recipe: str  # hash of everything the result depends on: see `recipe_hash`
-    sha256: str  # of model.safetensors
-    scenes: int
-    steps: int
-    seed: int
-    cpu_seconds: float  # of the whole job: training, saving, measuring
-    wall_seconds: float
-    torch: str
-    transformers: str
-    measured: Numbers  # what only training can measure, as its other half is not kept
-
-    @staticmethod
-    def read(folder: Path) -> "Record | None":
-        """The record in a folder, if there is one.
-
-        Raises:
-            OlaError: it cannot be understood.
-        """
-        file = folder / RECORD
-        try:
-            return Record(**json.loads(file.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise OlaError(f"{file}: not a training's record ({error}); remove {folder} to train anew") from None
 
 
 def make_teachers(out: Path, quick: bool = False, only: Iterable[str] = (), train: bool = True) -> None:
-    """Train what `out` lacks, compare it with what ships; arguments and errors as in `train_missing`.
+    """Train what `out` lacks, measure all of it, compare it with what ships.
+
+    Writes ``gates.json``, ``teachers.png`` and ``MODEL_CARD.md`` once everything is there.
 
     Args:
+        out: the folder; see `train_missing`.
+        quick: a few steps each, judged on fewer scenes; shows that the recipe runs, not what it can do.
+        only: train no others; names in `JOBS`.
         train: otherwise nothing is trained, whatever recipe `out` was made by.
+
+    Raises:
+        OlaError: a training failed, or the weights do not fit ``demo.yaml``.
     """
+    sizes = QUICK if quick else FULL
     if train:
-        train_missing(out, quick, only)
+        train_missing(out, sizes, only)
+    found = {name: Record.read(out / job.folder) for name, job in JOBS.items()}
+    records = {name: record for name, record in found.items() if record}
+    if missing := [name for name in JOBS if name not in records]:
+        print(f"not there yet: {', '.join(missing)}; all are measured together")
+        return
+    for name in JOBS:
+        if not is_current(out, name, sizes):
+            print(f"{name}: made by another recipe than this one")
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    torch.set_num_threads(1)
+    data = render_samples("gates", sizes.judge, workers=AT_ONCE)
+    gates = measure(out, data)
+    recall = {"gen: R@1 of 256": records["gen"].measured["recall_at_1_of_256"]}
+    gates = replace(gates, outputs=gates.outputs | recall)
+    (out / GATES).write_text(json.dumps(asdict(gates), indent=2) + "\n")
+    teacher_sheet(out / "teachers.png", out, data)
+    (out / "MODEL_CARD.md").write_text(model_card(out, records, gates, sizes.judge))
+    print(probe_table(gates), output_table(gates), sep="\n\n")
     if out.resolve() != SHIPPED:
-        for name, words in compare(out).items():
+        print("\ncompared with what ships:")
+        for name, words in compare(out, SHIPPED).items():
             print(f"{name}: {words}")
+        print(_compare_gates(gates, SHIPPED / GATES))
 
 
-def train_missing(out: Path, quick: bool = False, only: Iterable[str] = ()) -> None:
+def train_missing(out: Path, sizes: Sizes, only: Iterable[str] = ()) -> None:
     """Train what `out` lacks or holds from another recipe; folders like the hub's, one per job.
 
     Same sources, sizes and software, same bytes, on one machine; whatever was interrupted before.
 
     Args:
         out: gets ``depth/``, ``seg/``, ``gen/``, ``student/vision/``, ``student/llm/``, each with a `Record`.
-        quick: a few steps each; shows that the recipe runs, not what it can do.
+        sizes: of the recipe.
         only: names in `JOBS`; default all.
 
     Raises:
@@ -96,75 +101,17 @@ def train_missing(out: Path, quick: bool = False, only: Iterable[str] = ()) -> N
     """
     if unknown := sorted(set(only) - set(JOBS)):
         raise OlaError(f"no training is called {', '.join(unknown)}; there are {', '.join(JOBS)}")
-    sizes = QUICK if quick else FULL
     missing = [name for name in JOBS if (not only or name in only) and not is_current(out, name, sizes)]
     for name in JOBS:
         if name not in missing and (not only or name in only):
             print(f"{name}: finished before, {out / JOBS[name].folder}", flush=True)
     if missing:
         made_by = {name: recipe_hash(name, sizes) for name in missing}  # of the sources as they are now
-        _run(made_by, _material(sizes), sizes, out)
+        _run(made_by, render_material(sizes), sizes, out)
 
 
-def is_current(out: Path, name: str, sizes: Sizes) -> bool:
-    """Whether a job's folder holds what the recipe, as it stands, makes."""
-    job = JOBS[name]
-    record = Record.read(out / job.folder)
-    return (
-        record is not None
-        and record.recipe == recipe_hash(name, sizes)
-        and record.sha256 == sha256(weights_file(out / job.folder))
-    )
-
-
-def recipe_hash(name: str, sizes: Sizes) -> str:
-    """Hash over all that a job's result depends on: code without comments, sizes, steps, seed, software.
-
-    The code is that of the job, of the modules it uses, and of all of ours that those import.
-    """
-    job = JOBS[name]
-    depends = {
-        "job": _code(inspect.getsource(job.run)),
-        **{module: _code(path.read_text()) for module, path in _imported(*_modules(job.run)).items()},
-        "sizes": [sizes.train, sizes.judge, sizes.read, sizes.steps[name], job.seed],
-        "software": _software(),
-    }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-
-
-def weights_file(folder: Path) -> Path:
-    """The one ``model.safetensors`` of a job's folder."""
-    return next(folder.rglob("model.safetensors"), folder / "model.safetensors")
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's bytes; empty if it is not there."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def compare(out: Path, with_: Path = SHIPPED) -> dict[str, str]:
-    """Per job, in words: whether the weights in two folders are the same bytes, or how far they are apart."""
-    found = {}
-    for name, job in JOBS.items():
-        ours, theirs = weights_file(out / job.folder), weights_file(with_ / job.folder)
-        if not ours.is_file() or not theirs.is_file():
-            found[name] = f"missing in {out if not ours.is_file() else with_}"
-        elif sha256(ours) == sha256(theirs):
-            found[name] = "equal byte for byte"
-        else:
-            found[name] = _difference(ours, theirs)
-    return found
-
-
-def _difference(ours: Path, theirs: Path) -> str:
-    a, b = load_file(ours), load_file(theirs)
-    if {k: v.shape for k, v in a.items()} != {k: v.shape for k, v in b.items()}:
-        return "other tensors or shapes"
-    apart, name = max((float((a[k].float() - b[k].float()).abs().max()), k) for k in a)
-    return f"largest difference {apart:.3g}, in {name}"
-
-
-def _material(sizes: Sizes) -> Material:
+def render_material(sizes: Sizes) -> Material:
+    """What all jobs are given."""
     start = time.monotonic()
     print(f"rendering {sizes.train + sizes.judge + sizes.read} scenes", flush=True)
     told = [t for chunk in tell("teachers", sizes.read, 0, AT_ONCE) for t in chunk]
@@ -188,7 +135,7 @@ def _run(made_by: dict[str, str], material: Material, sizes: Sizes, out: Path) -
             while waiting and len(running) < AT_ONCE:
                 name = waiting.pop(0)
                 process = context.Process(
-                    target=_train, args=(name, made_by[name], material, sizes, out), name=name, daemon=True
+                    target=_process, args=(name, made_by[name], material, sizes, out), name=name, daemon=True
                 )
                 process.start()
                 running.append(process)
@@ -203,12 +150,26 @@ def _run(made_by: dict[str, str], material: Material, sizes: Sizes, out: Path) -
         raise OlaError(f"training failed: {', '.join(failed)} (reason above); the others are in {out}")
 
 
-def _train(name: str, made_by: str, material: Material, sizes: Sizes, out: Path) -> None:
-    """One job, in a process of its own: train beside the final folder, rename when all is there."""
+def _process(name: str, made_by: str, material: Material, sizes: Sizes, out: Path) -> None:
+    """`run_job` in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    run_job(name, made_by, material, sizes, out)
+    print(f"{name}: finished, {out / JOBS[name].folder}", flush=True)
+
+
+def run_job(name: str, made_by: str, material: Material, sizes: Sizes, out: Path) -> None:
+    """One job in this process: train beside the final folder, rename when all is there.
+
+    Args:
+        name: in `JOBS`.
+        made_by: its `recipe_hash`, taken before `material` was rendered: sources may change meanwhile.
+        material: what it is given.
+        sizes: of the recipe.
+        out: where its folder goes; one that is there is replaced.
+    """
+    torch.set_num_threads(1)
     job, start, cpu = JOBS[name], time.monotonic(), time.process_time()
     folder = out / job.folder
     partial = folder.with_name(f".{folder.name}.partial")
@@ -223,13 +184,12 @@ def _train(name: str, made_by: str, material: Material, sizes: Sizes, out: Path)
         seed=job.seed,
         cpu_seconds=round(time.process_time() - cpu, 1),
         wall_seconds=round(time.monotonic() - start, 1),
-        **_software(),
+        **software(),
         measured=measured,
     )
     (partial / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    print(f"{name}: finished, {folder}", flush=True)
 
 
 def _end_with(parent: Any) -> None:
@@ -238,38 +198,12 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def _software() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
-def _modules(function: Callable[..., Any]) -> list[str]:
-    """Names of the modules that a function's code names."""
-    used = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return [module.__name__ for module in used if inspect.ismodule(module)]
-
-
-def _imported(*names: str) -> dict[str, Path]:
-    """Files of the named modules and, at any depth, of those of ours that they import at their top."""
-    found: dict[str, Path] = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        path = ROOT / (name.replace(".", "/") + ".py")
-        if name in found or not path.is_file():
-            continue
-        found[name] = path
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-    return found
-
-
-def _code(source: str) -> str:
-    """Source without comments, layout and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+def _compare_gates(gates: Measured, shipped: Path) -> str:
+    if not shipped.is_file():
+        return f"gates: {shipped} is missing"
+    theirs = Measured(**json.loads(shipped.read_text()))
+    apart = {name: abs(value - theirs.outputs.get(name, float("nan"))) for name, value in gates.outputs.items()}
+    for name, found in gates.probes.items():
+        apart |= {f"{name}, {s}": abs(v - theirs.probes.get(name, {}).get(s, float("nan"))) for s, v in found.items()}
+    beyond = [f"{name} {by:.3f}" for name, by in apart.items() if not by <= TOLERANCE]
+    return f"gates: {f'differ by more than {TOLERANCE}: ' + '; '.join(beyond) if beyond else f'all within {TOLERANCE}'}"

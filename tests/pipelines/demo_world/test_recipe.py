@@ -11,18 +11,21 @@ import pytest
 from safetensors.torch import load_file
 
 from olavlm.errors import OlaError
-from pipelines.demo_world import make_teachers
-from pipelines.demo_world.make_teachers import RECORD, SHIPPED, Record, compare, is_current, recipe_hash
-from pipelines.demo_world.recipe import JOBS, QUICK
+from pipelines.demo_world import records
+from pipelines.demo_world.make_teachers import GATES, SHIPPED, render_material, run_job, train_missing
+from pipelines.demo_world.recipe import JOBS, QUICK, Sizes
+from pipelines.demo_world.records import RECORD, Record, compare, is_current, recipe_hash
 from pipelines.demo_world.samples import batches
 
-WRITTEN = {RECORD, "MODEL_CARD.md", "gates.json", "teachers.png"}
+WRITTEN = {RECORD, "MODEL_CARD.md", GATES, "teachers.png"}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("weights")
-    make_teachers.train_missing(out, quick=True)
+    material = render_material(QUICK)
+    for name in JOBS:
+        run_job(name, recipe_hash(name, QUICK), material, QUICK, out)
     return out
 
 
@@ -51,46 +54,48 @@ def test_what_is_finished_is_left_alone_and_what_is_damaged_made_anew(
     trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = {f: f.stat().st_mtime_ns for f in trained.rglob("*")}
-    make_teachers.train_missing(trained, quick=True)
+    train_missing(trained, QUICK)
     assert {f: f.stat().st_mtime_ns for f in trained.rglob("*")} == before
 
     weights = trained / "depth" / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (trained / ".depth.partial").mkdir()
+    (trained / ".depth.partial" / "config.json").write_text("of a run that was killed")
     capfd.readouterr()
-    make_teachers.train_missing(trained, quick=True)
+    train_missing(trained, QUICK)
     assert weights.read_bytes() == good, "same seed, same bytes"
+    assert not list(trained.rglob("*.partial"))
     finished = [line for line in capfd.readouterr().out.splitlines() if "finished, " in line]
     assert [line.partition(":")[0] for line in finished] == ["depth"]
 
 
-def test_the_command_goes_on_after_ctrl_c(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines", "teachers", "--quick", "--only", "depth", "gen", "--out", tmp_path]
+def test_ctrl_c_ends_everything_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipelines", "teachers", "--quick", "--only", "depth", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "step" in line:
+        if "depth: step" in line:
             os.killpg(process.pid, signal.SIGINT)
             break
     rest, _ = process.communicate(timeout=60)  # returns when the last process that could write has ended
     assert process.returncode == 130, rest
-    assert "again" in rest
-    make_teachers.train_missing(tmp_path, quick=True, only=["depth", "gen"])
-    assert all(is_current(tmp_path, name, QUICK) for name in ("depth", "gen"))
-    assert not list(tmp_path.rglob("*.partial"))
+    assert "run the same command again" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "depth").exists()
 
 
 def test_a_hash_covers_what_the_result_depends_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Comments and docstrings do not matter; code at any depth, sizes and steps do, of this job only."""
-    root = Path(make_teachers.ROOT)
+    root = Path(records.ROOT)
     (tmp_path / "pipelines").mkdir()
     world = tmp_path / "pipelines" / "demo_world"
     world.mkdir()
     for file in (root / "pipelines" / "demo_world").glob("*.py"):
         (world / file.name).write_text(file.read_text())
-    monkeypatch.setattr(make_teachers, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
 
     def changed(file: str, text: str) -> set[str]:
         before = {name: recipe_hash(name, QUICK) for name in JOBS}
@@ -101,19 +106,19 @@ def test_a_hash_covers_what_the_result_depends_on(monkeypatch: pytest.MonkeyPatc
     assert changed("train_depth.py", "X = 1\n") == {"depth"}
     assert changed("solids.py", "X = 1\n") == set(JOBS), "scenes import it"
     assert changed("benchmark.py", "X = 1\n") == set()
-    sizes = make_teachers.Sizes(QUICK.train, QUICK.judge, QUICK.read, {**QUICK.steps, "gen": 5})
+    sizes = Sizes(QUICK.train, QUICK.judge, QUICK.read, {**QUICK.steps, "gen": 5})
     assert {name for name in JOBS if recipe_hash(name, sizes) != recipe_hash(name, QUICK)} == {"gen"}
 
 
 def test_weights_are_compared(trained: Path, tmp_path: Path) -> None:
     assert set(compare(trained, trained).values()) == {"equal byte for byte"}
     assert "missing" in compare(trained, tmp_path)["depth"]
-    assert "largest difference" in compare(trained)["depth"]
+    assert "largest difference" in compare(trained, SHIPPED)["depth"]
 
 
-def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(OlaError, match="no training is called deep"):
-        make_teachers.train_missing(tmp_path, only=["deep"])
+        train_missing(tmp_path, QUICK, only=["deep"])
     (tmp_path / RECORD).write_text(json.dumps({"recipe": "?"}))
     with pytest.raises(OlaError, match=RECORD):
         Record.read(tmp_path)
