@@ -57,7 +57,7 @@ verify: setup  ## check every stored target against its checksum and the corpus
 demo: setup  ## the whole pipeline on this computer, in minutes
 	$(RUN) -m pipelines run $(PIPELINE) $(ARGS)
 
-teachers: setup  ## retrain the demo world's teachers and student base from scratch
+teachers: setup  ## train the demo world's teachers and student base from nothing, print their gates
 	$(RUN) -m pipelines teachers $(ARGS)
 
 bench: setup  ## measured ratios: stored targets against teachers online
