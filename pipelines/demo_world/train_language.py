@@ -6,6 +6,7 @@ sequence: the sum of the embeddings of its words (colour, shape, row, column). T
 place, and all that pretraining has to teach.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ Rng = np.random.Generator
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 FILLERS = 24  # most dots between a map and the text: a student's task tokens stand there
 WRONG = 0.02  # share of a map's cells that show another's, as no projector will be exact
-SHORT, LONG = 5, 3  # most questions in one conversation, asked briefly and as the benchmark does
+SHORT, LONG = 6, 3  # most questions in one conversation, asked briefly and as the benchmark does
+RELATIONS = 4  # most pairs that are told to be left, right, above, below
+WHERE = "Where is everything? Column and row."
 HELD_OUT = 64  # rows of each kind
 IGNORE = -100
 
@@ -60,24 +63,35 @@ class Rows:
 
 
 def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
-    """What there is to read, by kind: captions, short questions, the benchmark's questions; about every scene."""
+    """What there is to read, by kind, about every scene: places, captions, short questions, the benchmark's own."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    chats: dict[str, list[Chat]] = {"captions": [], "short": [], "lettered": []}
-    for t in told:
-        seen = layout(t.scene, t.rendering)
+    chats: dict[str, list[Chat]] = {"places": [], "captions": [], "short": [], "lettered": []}
+    maps = [layout(t.scene, t.rendering) for t in told]
+    flat: list[tuple[int, Question]] = []  # with the scene it is about; at random, but scene by scene
+    for number, t in enumerate(told):
         ask, answer = (turn["value"] for turn in t.caption)
-        chats["captions"].append(_chat(seen, [(ask.removeprefix("<image>\n"), answer)], rng))
-        flat = [q for q in t.questions if q.task in ("Count", "Relation")]
+        if any(" " in cell for cell in maps[number]):
+            chats["places"].append(_chat(maps[number], [_places(maps[number], rng)], rng))
+        chats["captions"].append(_chat(maps[number], [(ask.removeprefix("<image>\n"), answer)], rng))
         # Most shapes are absent from most scenes: "none" would be the answer most of the time.
-        flat = [q for q in flat if q.task != "Count" or q.choices[q.answer] != "0" or rng.random() < 0.4]
-        flat = [flat[i] for i in rng.permutation(len(flat))]
-        if flat:
-            brief = [(_brief(q), q.choices[q.answer]) for q in flat[:SHORT]] + _places(seen)
-            chats["short"].append(_chat(seen, [brief[i] for i in rng.permutation(len(brief))], rng))
-            lettered = deal_letters(flat[-LONG:], rng)
-            pairs = [(build_prompt(q.prompt).removeprefix("<image>\n"), q.letter) for q in lettered]
-            chats["lettered"].append(_chat(seen, pairs, rng))
+        mine = [q for q in t.questions if q.task == "Relation" or (q.task == "Count" and _some(q, rng))]
+        flat += [(number, mine[i]) for i in rng.permutation(len(mine))]
+    dealt = deal_letters([q for _, q in flat], rng)
+    for number, rows in itertools.groupby(range(len(flat)), key=lambda row: flat[row][0]):
+        asked = list(rows)
+        brief = [(_brief(flat[i][1]), _answer(flat[i][1])) for i in asked[:SHORT]]
+        chats["short"].append(_chat(maps[number], brief, rng))
+        pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].letter) for i in asked[-LONG:]]
+        chats["lettered"].append(_chat(maps[number], pairs, rng))
     return chats
+
+
+def _some(question: Question, rng: Rng) -> bool:
+    return _answer(question) != "0" or rng.random() < 0.4
+
+
+def _answer(question: Question) -> str:
+    return question.choices[question.answer]
 
 
 def _chat(seen: list[str], pairs: list[tuple[str, str]], rng: Rng) -> Chat:
@@ -94,14 +108,26 @@ def _brief(question: Question) -> str:
     return f"Where is the {pair[0]} with respect to the {pair[1]}, {' or '.join(question.choices)}?"
 
 
-def _places(seen: list[str]) -> list[tuple[str, str]]:
-    """Where every object is in the map: its middle, by rows and columns."""
+def _places(seen: list[str], rng: Rng) -> tuple[str, str]:
+    """Where every object has its middle, ``red 5 2, blue box 7 4``, and how some are placed to one another.
+
+    Nearly every word has to be looked up in the map, so that nothing teaches faster to look things up in it.
+    """
     cells = np.array(seen)
-    asked = []
-    for name in dict.fromkeys(cell for cell in seen if " " in cell):
-        row, column = (round(float(v.mean())) + 1 for v in divmod(np.flatnonzero(cells == name), LAYOUT))
-        asked.append((f"Where is the {name}?", f"row {row}, column {column}"))
-    return asked
+    found = sorted({cell for cell in seen if " " in cell})
+    colours = [name.split()[0] for name in found]
+    middles = {}
+    for name, colour in zip(found, colours, strict=True):
+        row, column = (float(v.mean()) + 1 for v in divmod(np.flatnonzero(cells == name), LAYOUT))
+        middles[colour if colours.count(colour) == 1 else name] = column, row
+    names = [list(middles)[i] for i in rng.permutation(len(middles))]
+    told = [", ".join(f"{name} {round(middles[name][0])} {round(middles[name][1])}" for name in names)]
+    for one, other in list(itertools.permutations(names, 2))[:RELATIONS]:
+        axis = int(rng.integers(2))
+        offset = middles[one][axis] - middles[other][axis]
+        if abs(offset) > 0.9:
+            told.append(f"{one} {(('left', 'right'), ('above', 'below'))[axis][offset > 0]} {other}")
+    return WHERE, "; ".join(told)
 
 
 def make_tokenizer(told: Sequence[Told]) -> PreTrainedTokenizerFast:
@@ -124,6 +150,7 @@ def build(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         vocab_size=len(words),
         hidden_size=128,
         intermediate_size=352,
+        initializer_range=0.08,  # of the order of 1 / sqrt(width): such a small model must not start so near to silence
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -131,6 +158,7 @@ def build(words: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=words.pad_token_id,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},  # slow turns: words are sought by meaning
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
@@ -178,9 +206,9 @@ def predict(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def train(
-    told: Sequence[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 12, seed: int = 0
+    told: Sequence[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 16, seed: int = 0
 ) -> tuple[LlamaForCausalLM, float, dict[str, float]]:
-    """Train from scratch on batches of one kind at a time, short questions every other time.
+    """Train from scratch on batches of one kind at a time: on places alone for a third of the steps, then on all.
 
     Returns:
         Model in eval mode; CPU seconds; per kind, the share of held-out answers' words that are predicted right.
@@ -189,16 +217,16 @@ def train(
     model = build(words).train()
     rows = {kind: encode(chats, words) for kind, chats in read(told, seed).items()}
     fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
-    kinds = ("captions", "short", "lettered", "short")
+    kinds = ["places"] * (steps // 3) + ["captions", "short", "places", "captions", "lettered", "short"] * steps
     turn = 0
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:
         nonlocal turn
-        kind, turn = kinds[turn % len(kinds)], turn + 1
+        kind, turn = kinds[turn], turn + 1
         ids, labels, mask = rows[kind].batch(chosen[: len(chosen) // 2] if kind == "lettered" else chosen)
         return F.cross_entropy(predict(model, ids, mask)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=3e-3, seed=seed)
+    seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=2e-3, seed=seed)
     model.eval()
     return model, seconds, {f"right_{kind}": _right(model, r, fewest) for kind, r in rows.items()}
 
