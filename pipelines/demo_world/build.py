@@ -22,7 +22,7 @@ from pipelines.demo_world.scenes import LEVELS, SPLITS, Rendering, Scene, render
 TURNS = 4  # most questions in one conversation
 SCENES_PER_TEXT = 10  # a row without an image for so many scenes
 SCENES_PER_CAPTION = 10  # a row that is a description and nothing else for so many scenes
-DESCRIBED = 0.2  # share of scenes whose conversations also ask for a description
+DESCRIBED = 0.2  # share of conversations in which one turn asks for a description
 MOST = 0.4  # questions of a task per scene of a benchmark, at most
 
 IMAGE = "<image>\n"
@@ -150,11 +150,16 @@ def conversations(told: list[Told], split: str, rng: Rng) -> list[dict[str, obje
     rows = []
     for number, scene in enumerate(told):
         asked = by_scene[scene.scene.seed]
-        turns = [_ask(asked[i]) for i in rng.permutation(len(asked))]
-        if rng.random() < DESCRIBED:
-            turns.insert(int(rng.integers(len(turns) + 1)), _describe(scene.scene, rng))
-        for part, start in enumerate(range(0, len(turns), TURNS)):
-            rows.append(_row(f"{scene.name}-{part}", scene.name, *turns[start : start + TURNS]))
+        asked = [asked[i] for i in rng.permutation(len(asked))]
+        part = 0
+        while asked:
+            described = rng.random() < DESCRIBED
+            some, asked = asked[: TURNS - described], asked[TURNS - described :]
+            turns = [_ask(question) for question in some]
+            if described:
+                turns.insert(int(rng.integers(len(turns) + 1)), _describe(scene.scene, rng))
+            rows.append(_row(f"{scene.name}-{part}", scene.name, *turns))
+            part += 1
         if number % SCENES_PER_CAPTION == 0:
             rows.append(_row(f"{scene.name}-caption", scene.name, _describe(scene.scene, rng)))
     for index in range(len(told) // SCENES_PER_TEXT):
