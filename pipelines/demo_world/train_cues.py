@@ -1,6 +1,7 @@
 """The cue model: what ground-truth 2-D boxes alone tell about depth and distance, fitted on rendered scenes."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ HIDDEN = 64
 
 
 def make(folder: Path, scenes: dict[str, int], steps: int, seed: int = 0, workers: int = 2) -> None:
-    """Fit the model on scenes of the split ``teachers``, so many of each level, and write ``model.safetensors``."""
+    """Fit the model on scenes of the split ``teachers``, so many of each level, and write it as hub folders are."""
     asked = gather("teachers", scenes, workers=workers)
     tensors = {
         f"{task}.{name}": tensor
@@ -32,6 +33,8 @@ def make(folder: Path, scenes: dict[str, int], steps: int, seed: int = 0, worker
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
+    config = {"architectures": ["CueModel"], "hidden_size": HIDDEN, "tasks": list(THREE_D)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def gather(split: str, scenes: dict[str, int], seed: int = 0, workers: int = 2) -> list[Question]:
