@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
-from pipelines.demo_world.build import Told, conversations
+from pipelines.demo_world.build import Told, Turn, conversations
 from pipelines.demo_world.language import DESCRIBE, LAYOUT, Question, deal_letters, layout
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
@@ -133,7 +134,8 @@ def _places(seen: list[str], rng: Rng) -> tuple[str, str]:
 def make_tokenizer(told: Sequence[Told]) -> PreTrainedTokenizerFast:
     """A tokenizer that knows every word that is said about scenes: in maps, captions and all conversations."""
     rng = np.random.Generator(np.random.PCG64(0))
-    said = [turn["value"] for row in conversations(list(told), "teachers", rng) for turn in row["conversations"]]
+    rows = conversations(list(told), "teachers", rng)
+    said = [turn["value"] for row in rows for turn in cast(list[Turn], row["conversations"])]
     said += [turn["value"] for t in told for turn in t.caption]
     chats = [chat for kind in read(told).values() for chat in kind]
     said += [text for chat in chats for pair in chat.pairs for text in pair] + [c for chat in chats for c in chat.cells]
