@@ -154,7 +154,6 @@ def _process(name: str, made_by: str, material: Material, sizes: Sizes, out: Pat
     """`run_job` in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
     Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     run_job(name, made_by, material, sizes, out)
     print(f"{name}: finished, {out / JOBS[name].folder}", flush=True)
 
@@ -170,6 +169,7 @@ def run_job(name: str, made_by: str, material: Material, sizes: Sizes, out: Path
         out: where its folder goes; one that is there is replaced.
     """
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     job, start, cpu = JOBS[name], time.monotonic(), time.process_time()
     folder = out / job.folder
     partial = folder.with_name(f".{folder.name}.partial")

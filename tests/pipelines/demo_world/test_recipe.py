@@ -5,19 +5,28 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from olavlm.errors import OlaError
-from pipelines.demo_world import records
+from pipelines.demo_world import make_teachers, records
+from pipelines.demo_world.card import AIMS, model_card, output_table, probe_table
+from pipelines.demo_world.gates import Measured
 from pipelines.demo_world.make_teachers import GATES, SHIPPED, render_material, run_job, train_missing
 from pipelines.demo_world.recipe import JOBS, QUICK, Sizes
-from pipelines.demo_world.records import RECORD, Record, compare, is_current, recipe_hash
+from pipelines.demo_world.records import RECORD, Record, compare, is_current, recipe_hash, sha256
 from pipelines.demo_world.samples import batches
 
 WRITTEN = {RECORD, "MODEL_CARD.md", GATES, "teachers.png"}
+
+current = pytest.mark.skipif(
+    not (SHIPPED / "seg" / RECORD).exists(), reason="the shipped weights come from the recipe before this one"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +42,7 @@ def _files(folder: Path) -> set[str]:
     return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name not in WRITTEN}
 
 
-@pytest.mark.skipif(
-    not (SHIPPED / "seg" / RECORD).exists(), reason="the shipped weights come from the recipe before this one"
-)
+@current
 def test_recipe_makes_what_ships(trained: Path) -> None:
     """Same files, tensors and shapes as the shipped weights; a record in every folder and nothing half-made."""
     assert _files(trained) == _files(SHIPPED)
@@ -117,6 +124,45 @@ def test_weights_are_compared(trained: Path, tmp_path: Path) -> None:
     assert set(compare(trained, trained).values()) == {"equal byte for byte"}
     assert "missing" in compare(trained, tmp_path)["depth"]
     assert "largest difference" in compare(trained, SHIPPED)["depth"]
+
+
+@current
+def test_what_is_there_is_measured_and_carded(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card comes from what lies in the folder alone: writing it again gives the same bytes."""
+    monkeypatch.setattr(make_teachers, "QUICK", replace(QUICK, judge=48))
+    make_teachers.make_teachers(trained, quick=True, train=False)
+    card, gates = trained / "MODEL_CARD.md", Measured(**json.loads((trained / GATES).read_text()))
+    written = card.read_text()
+    assert all(f"`{job.folder}`" in written for job in JOBS.values())
+    assert all(name in written for name in [*gates.probes, *gates.outputs, *AIMS])
+    assert np.isfinite([v for found in gates.probes.values() for v in found.values()]).all()
+    assert written.count(sha256(trained / "depth" / "model.safetensors")) == 1
+    with Image.open(trained / "teachers.png") as sheet:
+        assert sheet.width > sheet.height
+    said = capsys.readouterr().out
+    assert probe_table(gates) in said
+    assert "depth: largest difference" in said
+    found = {name: record for name, job in JOBS.items() if (record := Record.read(trained / job.folder))}
+    assert model_card(trained, found, gates, 48) == written
+
+
+def test_verdicts_are_honest() -> None:
+    gates = Measured(
+        {
+            "clear": {"target": 0.9, "tower": 0.7, "geometry": 0.1},
+            "close": {"target": 0.9, "tower": 0.1, "geometry": 0.8},
+        },
+        {"gen: R@1 of 256": 0.59, "seg: mIoU, teacher": 0.76, "something else": 0.1},
+    )
+    lines = [*probe_table(gates).splitlines(), *output_table(gates).splitlines()]
+    verdicts = {line.split(" | ")[0].strip("| "): line.rstrip(" |").split(" ")[-1] for line in lines}
+    assert verdicts["clear"] == "pass"
+    assert verdicts["close"] == "**miss**"
+    assert verdicts["gen: R@1 of 256"] == "**miss**"
+    assert verdicts["seg: mIoU, teacher"] == "pass"
+    assert verdicts["something else"] == "0.100"
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
