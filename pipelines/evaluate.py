@@ -1,10 +1,12 @@
 """The evaluate stage: CV-Bench on a trained student, scores beside the benchmark's baselines."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -70,24 +72,19 @@ def evaluate(config: PipelineConfig) -> None:
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """The table of `scores.json`: a student beside what can be had without looking."""
-    baselines = scores["baselines"]
-    table = Table("CV-Bench", "n", "accuracy", "± s.e.", "answered", *baselines, title=None)
-    for name in cv_bench.ROWS:
-        cell = scores["scores"][name]
-        if cell is None:
-            table.add_row(name, "0", *["–"] * (3 + len(baselines)))
-            continue
-        others = [baselines[b].get(name) for b in baselines]
-        table.add_row(
-            name,
-            f"{cell['n']:,}",
-            f"{cell['accuracy']:.1%}",
-            f"{cell['stderr']:.1%}",
-            f"{cell['answered']:.1%}",
-            *("–" if other is None else f"{other:.1%}" for other in others),
-            end_section=name in {"overall", "micro"},
-        )
+    """The table of `scores.json`: a student beside what can be had without looking, or without depth."""
+    cells = [scores["scores"][name] for name in cv_bench.ROWS]
+    table = Table("CV-Bench, %", *cv_bench.ROWS, box=SIMPLE, padding=(0, 1, 0, 0))
+
+    def add(name: str, values: Iterable[float | None]) -> None:
+        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in values))
+
+    add(scores["student"], (cell and cell["accuracy"] for cell in cells))
+    add("± s.e.", (cell and cell["stderr"] for cell in cells))
+    add("answered", (cell and cell["answered"] for cell in cells))
+    table.add_row("n", *(f"{cell['n']:,}" if cell else "0" for cell in cells), end_section=True)
+    for name, by_row in scores["baselines"].items():
+        add(name, (by_row.get(row) for row in cv_bench.ROWS))
     Console().print(table)
 
 

@@ -20,6 +20,7 @@ from pipelines import figures
 from pipelines.results import duration, print_summary, read_json, read_lines, summary
 
 PICTURES = 6
+SEE_NOTHING = ("chance", "blind")  # baselines; all others know something of the picture, but no depth
 TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
 
 
@@ -101,7 +102,8 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
             yield {"value": f"{before:.2f} → {after:.2f}", "label": f"{task} probe", "note": note}
     for name in ("overall", "micro"):
         if cell := result["scores"].get(name):
-            others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in result["baselines"].items() if name in rows)
+            blind = {b: rows[name] for b, rows in result["baselines"].items() if b in SEE_NOTHING and name in rows}
+            others = ", ".join(f"{b} {accuracy:.1%}" for b, accuracy in blind.items())
             note = f"± {cell['stderr']:.1%} s.e., n = {cell['n']:,}; {others}"
             yield {"value": f"{cell['accuracy']:.1%}", "label": f"CV-Bench {name}", "note": note}
             break
@@ -114,11 +116,11 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
 def _verdict(result: dict[str, Any]) -> str | None:
     """What the scores prove about looking at the picture: the student against those who do not look.
 
-    Other baselines (ground-truth boxes, single cues) have looked, or cheated; they stand in the table.
+    And about seeing depth: against those who know the objects' boxes.
     """
     cell = result["scores"].get("overall") or result["scores"].get("micro")
     row = "overall" if result["scores"].get("overall") else "micro"
-    known = {name: result["baselines"].get(name, {}).get(row) for name in ("chance", "blind")}
+    known = {name: result["baselines"].get(name, {}).get(row) for name in SEE_NOTHING}
     blind = {name: accuracy for name, accuracy in known.items() if accuracy is not None}
     if not cell or not blind:
         return None
@@ -129,7 +131,18 @@ def _verdict(result: dict[str, Any]) -> str | None:
     )
     if cell["accuracy"] - best < 2 * cell["stderr"] or cell["accuracy"] <= best:
         return said + " This run does not show that the student looks at the picture."
-    return said + " One run of one seed: comparing students takes several."
+    return f"{said}{_sees_depth(result)} One run of one seed: comparing students takes several."
+
+
+def _sees_depth(result: dict[str, Any]) -> str:
+    """A sentence on 3-D questions, if they were asked and cues that are not depth were scored."""
+    cell = result["scores"].get("3D")
+    cues = {name: rows["3D"] for name, rows in result["baselines"].items() if name not in SEE_NOTHING and "3D" in rows}
+    if not cell or not cues:
+        return ""
+    name, best = max(cues.items(), key=lambda baseline: baseline[1])
+    said = f" 3-D questions: {cell['accuracy']:.1%}; the best of the cues that are not depth, {name}: {best:.1%}."
+    return said if cell["accuracy"] - best > 2 * cell["stderr"] else said + " This does not show that it sees depth."
 
 
 def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:

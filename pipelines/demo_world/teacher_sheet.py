@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 
-from pipelines.demo_world.gates import decode, load_teachers, stored_targets, whole_depth, whole_segmentation
+from pipelines.demo_world.features import decode, load_teachers, stored_targets, whole_depth, whole_segmentation
 from pipelines.demo_world.samples import Samples
 from pipelines.demo_world.sheet import save, sheet, show_classes, show_depth, show_image
 

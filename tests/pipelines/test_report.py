@@ -103,6 +103,20 @@ def test_a_finished_run(config: PipelineConfig, finished_run: Path) -> None:
     assert "global_batch: 4" in page.text
 
 
+def test_the_verdict_on_depth_weighs_against_cues(config: PipelineConfig, finished_run: Path) -> None:
+    """Ahead of those who see nothing; ahead or not of those who know the boxes, by two standard errors."""
+    file = finished_run / "evaluate" / "scores.json"
+    scores = json.loads(file.read_text())
+    for row in ("overall", "3D"):
+        scores["scores"][row] |= {"accuracy": 0.8, "stderr": 0.05}
+    for boxes, seen in ((0.6, True), (0.75, False)):
+        scores["baselines"] |= {"size": {"3D": 0.5}, "2-D boxes": {"3D": boxes}}
+        file.write_text(json.dumps(scores))
+        text = Page(report(config).read_text()).text
+        assert f"not depth, 2-D boxes: {boxes:.1%}" in text
+        assert ("does not show that it sees depth" in text) is not seen
+
+
 @pytest.mark.usefixtures("finished_run")
 def test_the_same_run_gives_the_same_page(config: PipelineConfig) -> None:
     assert report(config).read_bytes() == report(config).read_bytes()

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, OneFormerForUniversalS
 
 from pipelines.demo_world.build import tell
 from pipelines.demo_world.card import model_card
-from pipelines.demo_world.gates import Measured, decode, load_teachers, stored_targets
+from pipelines.demo_world.features import decode, load_teachers, stored_targets
+from pipelines.demo_world.gates import Measured
 from pipelines.demo_world.language import text_only
 from pipelines.demo_world.make_teachers import GATES
 from pipelines.demo_world.probes import miou
