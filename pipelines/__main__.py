@@ -38,9 +38,14 @@ def main() -> int:
     teachers.add_argument("--out", type=Path, default=Path("runs/teachers"), help="where they go (%(default)s)")
     teachers.add_argument("--quick", action="store_true", help="a few steps each: checks the recipe, not the weights")
     teachers.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="train these only: seg, student, depth, gen, llm"
+        "--only", nargs="+", default=[], metavar="NAME", help="train these only: seg, depth, student, gen, llm, cues"
     )
     teachers.add_argument("--measure", action="store_true", help="train nothing: gates, comparison and card of --out")
+    sheet = commands.add_parser("sheet", help="a PNG of demo world scenes: image, depth, classes, caption, questions")
+    sheet.add_argument("--out", type=Path, default=Path("runs/sheet.png"), help="the file (%(default)s)")
+    sheet.add_argument("--level", choices=["easy", "hard"], default="easy", help="hard: 128 px, up to nine objects")
+    sheet.add_argument("--scenes", type=int, default=5, help="how many (%(default)s)")
+    sheet.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
     bench = commands.add_parser("bench", help="measured ratios: stored targets against teachers in the training step")
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
     args = parser.parse_args()
@@ -49,6 +54,14 @@ def main() -> int:
         from pipelines.demo_world.make_teachers import make_teachers
 
         make_teachers(args.out, quick=args.quick, only=args.only, train=not args.measure)
+        return 0
+    if args.command == "sheet":
+        from pipelines.demo_world.scenes import LEVELS
+        from pipelines.demo_world.sheet import contact_sheet
+
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(args.out, LEVELS[args.level], args.scenes, args.seed)
+        print(args.out)
         return 0
     if args.command == "bench":
         from pipelines.bench import bench as run_bench

@@ -2,6 +2,7 @@
 
     features      one image's three targets, decoded: read from the store | the teachers, batched | one image at a time
     step          one optimizer step of the demo student with targets from each of the three, and without any
+    scenes        how many the demo world renders per second and core, at each level
     full size     (--full-size) the published teachers, random weights, one image | reading a stored row of that size
 
 "One image at a time" is how the published code runs its teachers inside the step.
@@ -45,6 +46,8 @@ from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetStore
 from olavlm.provenance import provenance
 from pipelines import corpus as corpora
+from pipelines.demo_world.processes import scenes_per_second
+from pipelines.demo_world.scenes import LEVELS
 from train import stage, student
 from train.distributed import World
 from train.loader import Loader, MicroBatch, Targets
@@ -67,6 +70,7 @@ def bench(full_size: bool) -> dict[str, Any]:
     corpora.build(config)
     run_pipeline(config)
     result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
+    result["scenes_per_second"] = {name: scenes_per_second(level) for name, level in LEVELS.items()}
     if full_size:
         result["full_size"] = _full_size()
     replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())
@@ -266,6 +270,8 @@ def _print(result: dict[str, Any]) -> None:
                 table.add_row(name, f"{1e3 * value / result['batch']:.2f}", f"{value / seconds[base]:.2f}")
         console.print(table)
     console.print(f"loss with stored targets and with teachers online differs by {result['loss_gap']:.1e} (int8)")
+    rendered = ", ".join(f"{level}: {rate:.0f}" for level, rate in result["scenes_per_second"].items())
+    console.print(f"scenes rendered per second of one core: {rendered}")
     if "full_size" in result:
         columns = ("published teacher", "parameters", "target", "forward, s", "stored row, ms", "ratio")
         table = Table(*columns, title="published size, one image")

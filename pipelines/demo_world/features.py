@@ -1,4 +1,4 @@
-"""What probes read from: stored targets, the student's tower, two-dimensional boxes; and what teachers make of images."""
+"""What probes read from: stored targets, the student's tower, 2-D boxes; and what teachers make of images."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The recipe for everything under `weights/`: three teachers and what the student starts from, from nothing.
+"""The recipe for everything under `weights/`, from nothing: teachers, what the student starts from, cue model.
 
 One function per folder: train, save as the hub would, say what only training can measure. `make_teachers` runs them.
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-from pipelines.demo_world import hub, train_clip, train_depth, train_language, train_segmentation
+from pipelines.demo_world import hub, train_clip, train_cues, train_depth, train_language, train_segmentation
 from pipelines.demo_world.build import Told
+from pipelines.demo_world.cues import THREE_D
 from pipelines.demo_world.samples import SIZE, Samples
 from pipelines.demo_world.scenes import CLASSES
 
@@ -28,8 +29,8 @@ class Sizes:
     steps: dict[str, int]
 
 
-FULL = Sizes(12000, 1024, 6000, {"seg": 3600, "depth": 3600, "student": 1000, "gen": 1300, "llm": 2000})
-QUICK = Sizes(128, 256, 80, {"seg": 3, "student": 2, "depth": 2, "gen": 2, "llm": 2})
+FULL = Sizes(12000, 1024, 6000, {"seg": 3600, "depth": 3600, "student": 1000, "gen": 1300, "llm": 2000, "cues": 3000})
+QUICK = Sizes(128, 256, 80, {"seg": 3, "student": 2, "depth": 2, "gen": 2, "llm": 2, "cues": 2})
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,21 @@ def language_model(material: Material, steps: int, seed: int, folder: Path) -> N
     return measured
 
 
+def cue_model(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
+    """What questions are chosen by; one model for both levels, as what boxes tell of depth is the same."""
+    scenes = len(material.train.scenes)
+    asked = train_cues.gather("teachers", {"easy": scenes, "hard": scenes // 6}, workers=1)
+    train_cues.save(
+        {
+            f"{task}.{name}": tensor
+            for task in THREE_D
+            for name, tensor in train_cues.train(task, [q for q in asked if q.task == task], steps, seed).items()
+        },
+        folder,
+    )
+    return {}
+
+
 @dataclass(frozen=True)
 class Job:
     """One training: the folder it makes, what runs it, its seed."""
@@ -123,4 +139,5 @@ JOBS = {
     "student": Job("student/vision", student_tower, seed=1),
     "gen": Job("gen", generation_teacher, seed=2),
     "llm": Job("student/llm", language_model, seed=0),
+    "cues": Job("cues", cue_model, seed=0),
 }

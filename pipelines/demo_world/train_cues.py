@@ -19,19 +19,11 @@ from pipelines.demo_world.processes import CHUNK, in_processes
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import LEVELS, render, sample_scene, scene_seed
 
-SCENES = {"easy": 16000, "hard": 2000}  # one model for both: what boxes tell is the same
 HIDDEN = 64
 
 
-def make(folder: Path, scenes: dict[str, int], steps: int, seed: int = 0, workers: int = 2) -> None:
-    """Fit the model on scenes of the split ``teachers``, so many of each level, and write it as hub folders are."""
-    asked = gather("teachers", scenes, workers=workers)
-    tensors = {
-        f"{task}.{name}": tensor
-        for task in THREE_D
-        for name, tensor in train(task, [q for q in asked if q.task == task], steps, seed).items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+def save(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write the networks of all tasks, ``<task>.<layer>.weight`` and ``bias``, as hub folders are written."""
     save_file(tensors, folder / "model.safetensors")
     config = {"architectures": ["CueModel"], "hidden_size": HIDDEN, "tasks": list(THREE_D)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

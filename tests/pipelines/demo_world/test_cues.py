@@ -73,11 +73,11 @@ def test_baselines_find_a_cue_that_gives_everything_away() -> None:
     assert baselines["blind"]["Relation"] == 0.5
 
 
-def test_training_is_reproducible_and_learns(tmp_path: Path) -> None:
+def test_training_is_reproducible(tmp_path: Path) -> None:
     asked = [q for q in train_cues.gather("gates", {"easy": 60, "hard": 5}, workers=1) if q.task == "Depth"]
     weights = train_cues.train("Depth", asked, steps=60)
     again = train_cues.train("Depth", asked, steps=60)
     assert weights.keys() == {f"{i}.{name}" for i in range(3) for name in ("weight", "bias")}
     assert all((again[name] == tensor).all() for name, tensor in weights.items())
-    train_cues.make(tmp_path, {"easy": 20, "hard": 2}, steps=2, workers=1)
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(cues.WEIGHTS).keys()
+    train_cues.save({f"Depth.{name}": tensor for name, tensor in weights.items()}, tmp_path)
+    assert (load_file(tmp_path / "model.safetensors")["Depth.0.weight"] == weights["0.weight"].numpy()).all()
