@@ -76,27 +76,25 @@ def segmentation_teacher(material: Material, steps: int, seed: int, folder: Path
 
 def generation_teacher(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The image encoder of an unCLIP, a CLIP that shares nothing with the student's."""
-    words = train_language.make_tokenizer(material.told)
-    model, _ = train_clip.train("gen", material.train, words, steps, whole=True, seed=seed)
+    model, words = train_clip.train("gen", material.train, steps, whole=True, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     encoder = CLIPVisionModelWithProjection(model.vision_model.config)
     encoder.vision_model.load_state_dict(model.vision_model.state_dict())
     encoder.visual_projection.load_state_dict(model.visual_projection.state_dict())
     hub.save(encoder, folder / "image_encoder")
     hub.write_processor(folder / "feature_extractor", hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words, whole=True)}
+    return {"recall_at_1_of_256": train_clip.recall(model, words, material.judge, whole=True)}
 
 
 def student_tower(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The student's CLIP tower."""
-    words = train_language.make_tokenizer(material.told)
-    model, _ = train_clip.train("student", material.train, words, steps, whole=False, seed=seed)
+    model, words = train_clip.train("student", material.train, steps, whole=False, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     tower = CLIPVisionModel(model.vision_model.config)
     tower.load_state_dict(model.vision_model.state_dict())
     hub.save(tower, folder)
     hub.write_processor(folder, hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, material.judge, words, whole=False)}
+    return {"recall_at_1_of_256": train_clip.recall(model, words, material.judge, whole=False)}
 
 
 def language_model(material: Material, steps: int, seed: int, folder: Path) -> Numbers:

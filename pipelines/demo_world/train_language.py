@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
-from pipelines.demo_world.language import DESCRIBE, LAYOUT, Question, deal_letters, layout
+from pipelines.demo_world.language import DESCRIBE, LAYOUT, LETTERS, Question, deal_letters, layout
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
 from pipelines.demo_world.solids import SHAPES
@@ -80,7 +80,7 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
     dealt = deal_letters([q for _, q in flat], rng)
     for number, rows in itertools.groupby(range(len(flat)), key=lambda row: flat[row][0]):
         asked = list(rows)
-        brief = [(_brief(flat[i][1]), _answer(flat[i][1])) for i in asked[:SHORT]]
+        brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
         pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].letter) for i in asked[-LONG:]]
         chats["lettered"].append(_chat(maps[number], pairs, rng))
@@ -101,12 +101,18 @@ def _chat(seen: list[str], pairs: list[tuple[str, str]], rng: Rng) -> Chat:
     return Chat(cells, int(rng.integers(FILLERS + 1)), tuple(pairs))
 
 
-def _brief(question: Question) -> str:
-    """A question without lettered choices: the answer is a choice's own words, and a row holds many more."""
-    if question.task == "Count":
-        return question.text
-    pair = re.findall(r"of the (\w+ \w+) and the (\w+ \w+)", question.text)[0]
-    return f"Where is the {pair[0]} with respect to the {pair[1]}, {' or '.join(question.choices)}?"
+def _brief(question: Question, lettered: bool) -> tuple[str, str]:
+    """A question and its answer, in so few words that a row holds many more: in the choice's own words or by letter."""
+    ask, choices = question.text, question.choices
+    if question.task == "Relation":
+        pair = re.findall(r"of the (\w+ \w+) and the (\w+ \w+)", ask)[0]
+        ask = f"Where is the {pair[0]} with respect to the {pair[1]}?"
+    if lettered:
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        return f"{ask} {options}", question.letter
+    if question.task == "Relation":
+        ask = f"{ask.removesuffix('?')}, {' or '.join(choices)}?"
+    return ask, _answer(question)
 
 
 def _places(seen: list[str], rng: Rng) -> tuple[str, str]:
