@@ -172,8 +172,8 @@ def _describe(scene: Scene, rng: Rng) -> list[Turn]:
 
 
 def _ask(question: Question) -> list[Turn]:
-    """A question exactly as the benchmark puts it."""
-    return _exchange(build_prompt(question.prompt).removeprefix(IMAGE), question.letter)
+    """A question exactly as the benchmark puts it, and its answer."""
+    return _exchange(build_prompt(question.prompt).removeprefix(IMAGE), question.reply)
 
 
 def _exchange(question: str, answer: str) -> list[Turn]:

@@ -64,6 +64,14 @@ class Question:
         return f"({LETTERS[self.answer]})"
 
     @property
+    def reply(self) -> str:
+        """The answer as a student is taught to give it: ``left (A)``.
+
+        In words first: to find the answer and, in the same step, which letter it has is more than a small model learns.
+        """
+        return f"{self.choices[self.answer]} {self.letter}"
+
+    @property
     def prompt(self) -> str:
         """Question and choices as in CV-Bench's field `prompt`."""
         lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]

@@ -82,7 +82,7 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
         asked = list(rows)
         brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
-        pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].letter) for i in asked[-LONG:]]
+        pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].reply) for i in asked[-LONG:]]
         chats["lettered"].append(_chat(maps[number], pairs, rng))
     return chats
 
@@ -109,7 +109,7 @@ def _brief(question: Question, lettered: bool) -> tuple[str, str]:
         ask = f"Where is the {pair[0]} with respect to the {pair[1]}?"
     if lettered:
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-        return f"{ask} {options}", question.letter
+        return f"{ask} {options}", question.reply
     if question.task == "Relation":
         ask = f"{ask.removesuffix('?')}, {' or '.join(choices)}?"
     return ask, _answer(question)
@@ -190,8 +190,9 @@ def encode(chats: list[Chat], words: PreTrainedTokenizerFast) -> Rows:
         ids: list[list[int]] = []
         learned: list[int] = []
         for ask, answer in chat.pairs:
-            asked, answered = turn("user", ask if ids else f"\n{ask}"), turn("assistant", answer)
-            if not ids:
+            first = bool(chat.cells) and not ids
+            asked, answered = turn("user", f"\n{ask}" if first else ask), turn("assistant", answer)
+            if first:
                 cells: list[list[int]] = words(list(chat.cells), add_special_tokens=False).input_ids
                 fillers = words("." * chat.fillers, add_special_tokens=False).input_ids
                 ids = [[i] for i in asked[:opening]] + cells + [[i] for i in [*fillers, *asked[opening:]]]
