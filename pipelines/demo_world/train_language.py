@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
-from pipelines.demo_world.language import DESCRIBE, LAYOUT, LETTERS, Question, deal_letters, layout
+from pipelines.demo_world.language import DESCRIBE, LAYOUT, LETTERS, Question, deal_letters, layout, text_only
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
 from pipelines.demo_world.solids import SHAPES
@@ -64,9 +64,13 @@ class Rows:
 
 
 def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
-    """What there is to read, by kind, about every scene: places, captions, short questions, the benchmark's own."""
+    """What there is to read, by kind.
+
+    About every scene: places, captions, short questions, the benchmark's own. And without a map, text: which letter a
+    choice has, and questions about words and numbers.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
-    chats: dict[str, list[Chat]] = {"places": [], "captions": [], "short": [], "lettered": []}
+    chats: dict[str, list[Chat]] = {"places": [], "text": [], "captions": [], "short": [], "lettered": []}
     maps = [layout(t.scene, t.rendering) for t in told]
     flat: list[tuple[int, Question]] = []  # with the scene it is about; at random, but scene by scene
     for number, t in enumerate(told):
@@ -82,6 +86,8 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
         asked = list(rows)
         brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
+        found = [(f"Which is {_answer(dealt[i])}? {_options(dealt[i])}", dealt[i].reply) for i in asked[:SHORT]]
+        chats["text"].append(Chat((), 0, (*found, text_only(rng))))
         pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].reply) for i in asked[-LONG:]]
         chats["lettered"].append(_chat(maps[number], pairs, rng))
     return chats
@@ -108,11 +114,14 @@ def _brief(question: Question, lettered: bool) -> tuple[str, str]:
         pair = re.findall(r"of the (\w+ \w+) and the (\w+ \w+)", ask)[0]
         ask = f"Where is the {pair[0]} with respect to the {pair[1]}?"
     if lettered:
-        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-        return f"{ask} {options}", question.reply
+        return f"{ask} {_options(question)}", question.reply
     if question.task == "Relation":
         ask = f"{ask.removesuffix('?')}, {' or '.join(choices)}?"
     return ask, _answer(question)
+
+
+def _options(question: Question) -> str:
+    return " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
 
 
 def _places(seen: list[str], rng: Rng) -> tuple[str, str]:
@@ -217,7 +226,7 @@ def predict(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
 def train(
     told: Sequence[Told], words: PreTrainedTokenizerFast, steps: int, batch: int = 16, seed: int = 0
 ) -> tuple[LlamaForCausalLM, float, dict[str, float]]:
-    """Train from scratch on batches of one kind at a time: on places alone for a third of the steps, then on all.
+    """Train from scratch on batches of one kind at a time: for a third of the steps on places and text.
 
     Returns:
         Model in eval mode; CPU seconds; per kind, the share of held-out answers' words that are predicted right.
@@ -226,13 +235,14 @@ def train(
     model = build(words).train()
     rows = {kind: encode(chats, words) for kind, chats in read(told, seed).items()}
     fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
-    kinds = ["places"] * (steps // 3) + ["captions", "short", "places", "captions", "lettered", "short"] * steps
+    kinds = (["places", "places", "text"] * steps)[: steps // 3]
+    kinds += ["short", "lettered", "captions", "short", "lettered", "places"] * steps
     turn = 0
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:
         nonlocal turn
         kind, turn = kinds[turn], turn + 1
-        ids, labels, mask = rows[kind].batch(chosen[: len(chosen) // 2] if kind == "lettered" else chosen)
+        ids, labels, mask = rows[kind].batch(chosen)
         return F.cross_entropy(predict(model, ids, mask)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=2e-3, seed=seed)
