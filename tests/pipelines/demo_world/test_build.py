@@ -1,4 +1,5 @@
 import json
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval import cv_bench
+from olavlm.eval.answers import parse_choice
 from pipelines.demo_world.benchmark import SCHEMA
 from pipelines.demo_world.build import TURNS, build_benchmark, build_split
 from pipelines.demo_world.language import DESCRIBE
@@ -85,7 +87,9 @@ def test_finetuning_rows_ask_as_the_benchmark_does(finetune: Path) -> None:
                 continue
             question, *_ = asked.split(f"\n{cv_bench.SUFFIX}")
             assert cv_bench.build_prompt(question) == f"<image>\n{asked}"
-            assert gpt["value"] in ("(A)", "(B)", "(C)", "(D)")
+            choice, letter = gpt["value"].rsplit(" ", 1)
+            assert f"\n{letter} {choice}" in human["value"], "an answer is one of the choices, in words and by letter"
+            assert parse_choice(gpt["value"], re.findall(r"\n\(\w\) (.+)", human["value"])) == letter[1]
     for row in rows:
         if "image" not in row:
             assert "<image>" not in json.dumps(row)
@@ -104,7 +108,7 @@ def test_finetuning_letters_are_balanced(finetune: Path) -> None:
     for row in rows:
         turns = row["conversations"]
         for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-            letters[human["value"].removeprefix("<image>\n").split()[0], gpt["value"]] += 1
+            letters[human["value"].removeprefix("<image>\n").split()[0], gpt["value"].split()[-1]] += 1
     for word in ("Which", "Estimate", "Considering"):
         assert letters[word, "(A)"] == letters[word, "(B)"] > 20
     assert letters["How", "(A)"] == letters["How", "(B)"] == letters["How", "(C)"] == letters["How", "(D)"] > 20

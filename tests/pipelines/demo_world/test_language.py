@@ -119,6 +119,7 @@ def test_prompt_is_laid_out_as_the_benchmark_does() -> None:
     question = Question("Count", "cones", ("cones",), ("2", "0"), 1, scene=0)
     assert question.prompt == "How many cones are in the image? Select from the following choices.\n(A) 2\n(B) 0"
     assert question.letter == "(B)"
+    assert question.reply == "0 (B)"
 
 
 def test_letters_are_dealt_evenly_and_keep_the_answer(asked: list[Question]) -> None:
