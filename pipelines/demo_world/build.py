@@ -14,8 +14,9 @@ from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval.cv_bench import build_prompt
-from pipelines.demo_world.language import DESCRIBE, TASKS, Question, caption, questions, text_only
+from pipelines.demo_world.language import DESCRIBE, TASKS, Question, caption, layout, questions, text_only
 from pipelines.demo_world.matching import deal, evenly, matched
+from pipelines.demo_world.places import WHERE, places
 from pipelines.demo_world.processes import CHUNK, in_processes
 from pipelines.demo_world.scenes import LEVELS, SPLITS, Rendering, Scene, render, sample_scene, scene_seed
 
@@ -38,6 +39,7 @@ class Told:
     name: str
     png: bytes
     caption: list[Turn]
+    places: list[Turn]  # none if no object fills a cell of the map
     questions: list[Question]
     scene: Scene
     rendering: Rendering
@@ -55,8 +57,9 @@ def build_split(
 ) -> Path:
     """Render a split and write ``out/images/*.png`` and ``out/<split>.json``; same arguments, same bytes.
 
-    ``pretrain`` and ``probe`` hold one caption per scene; ``finetune`` holds conversations of up to 4 turns, mostly
-    multiple-choice questions matched as the benchmark's are but for their texts, and text-only rows.
+    ``pretrain`` and ``probe`` hold a caption per scene and, in a second turn, where everything is; ``finetune`` holds
+    conversations of up to 4 turns, mostly multiple-choice questions matched as the benchmark's are but for their texts,
+    and text-only rows.
 
     Args:
         split: ``pretrain``, ``finetune`` or ``probe``; scenes of different splits are never the same.
@@ -84,7 +87,11 @@ def build_split(
         if progress:
             progress(len(chunk))
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split)]))
-    rows = conversations(told, split, rng) if split == "finetune" else [_row(t.name, t.name, t.caption) for t in told]
+    rows = (
+        conversations(told, split, rng)
+        if split == "finetune"
+        else [_row(t.name, t.name, t.caption, t.places) for t in told]
+    )
     file = out / f"{split}.json"
     file.write_text(json.dumps(rows, indent=1))
     return file
@@ -129,6 +136,7 @@ def _tell_one(split: str, seed: int, level: str, index: int) -> Told:
     scene = sample_scene(scene_seed(split, index, seed), LEVELS[level])
     rendering = render(scene)
     rng = np.random.Generator(np.random.PCG64([scene.seed, 2]))
+    cells = layout(scene, rendering)
     stream = io.BytesIO()
     Image.fromarray(rendering.image).save(stream, "PNG")
     return Told(
@@ -136,6 +144,7 @@ def _tell_one(split: str, seed: int, level: str, index: int) -> Told:
         png=stream.getvalue(),
         caption=_describe(scene, rng),
         questions=questions(scene, rendering, rng),
+        places=_exchange(WHERE, places(cells, rng)) if any(" " in cell for cell in cells) else [],
         scene=scene,
         rendering=rendering,
     )

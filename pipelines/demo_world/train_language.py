@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
 from pipelines.demo_world.language import DESCRIBE, LAYOUT, LETTERS, Question, deal_letters, layout, text_only
+from pipelines.demo_world.places import WHERE, places
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
 from pipelines.demo_world.solids import SHAPES
@@ -33,8 +34,6 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}
 FILLERS = 24  # most dots between a map and the text: a student's task tokens stand there
 WRONG = 0.02  # share of a map's cells that show another's, as no projector will be exact
 SHORT, LONG = 6, 3  # most questions in one conversation, asked briefly and as the benchmark does
-RELATIONS = 4  # most pairs that are told to be left, right, above, below
-WHERE = "Where is everything? Column and row."
 HELD_OUT = 64  # rows of each kind
 IGNORE = -100
 
@@ -76,7 +75,7 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
     for number, t in enumerate(told):
         ask, answer = (turn["value"] for turn in t.caption)
         if any(" " in cell for cell in maps[number]):
-            chats["places"].append(_chat(maps[number], [_places(maps[number], rng)], rng))
+            chats["places"].append(_chat(maps[number], [(WHERE, places(maps[number], rng))], rng))
         chats["captions"].append(_chat(maps[number], [(ask.removeprefix("<image>\n"), answer)], rng))
         # Most shapes are absent from most scenes: "none" would be the answer most of the time.
         mine = [q for q in t.questions if q.task == "Relation" or (q.task == "Count" and _some(q, rng))]
@@ -87,7 +86,8 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
         brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
         found = [(f"Which is {_answer(dealt[i])}? {_options(dealt[i])}", dealt[i].reply) for i in asked[:SHORT]]
-        chats["text"].append(Chat((), 0, (*found, text_only(rng))))
+        found.insert(int(rng.integers(len(found) + 1)), text_only(rng))
+        chats["text"].append(Chat((), 0, tuple(found)))
         pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].reply) for i in asked[-LONG:]]
         chats["lettered"].append(_chat(maps[number], pairs, rng))
     return chats
@@ -124,34 +124,12 @@ def _options(question: Question) -> str:
     return " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
 
 
-def _places(seen: list[str], rng: Rng) -> tuple[str, str]:
-    """Where every object has its middle, ``red 5 2, blue box 7 4``, and how some are placed to one another.
-
-    Nearly every word has to be looked up in the map, so that nothing teaches faster to look things up in it.
-    """
-    cells = np.array(seen)
-    found = sorted({cell for cell in seen if " " in cell})
-    colours = [name.split()[0] for name in found]
-    middles = {}
-    for name, colour in zip(found, colours, strict=True):
-        row, column = (float(v.mean()) + 1 for v in divmod(np.flatnonzero(cells == name), LAYOUT))
-        middles[colour if colours.count(colour) == 1 else name] = column, row
-    names = [list(middles)[i] for i in rng.permutation(len(middles))]
-    told = [", ".join(f"{name} {round(middles[name][0])} {round(middles[name][1])}" for name in names)]
-    for one, other in list(itertools.permutations(names, 2))[:RELATIONS]:
-        axis = int(rng.integers(2))
-        offset = middles[one][axis] - middles[other][axis]
-        if abs(offset) > 0.9:
-            told.append(f"{one} {(('left', 'right'), ('above', 'below'))[axis][offset > 0]} {other}")
-    return WHERE, "; ".join(told)
-
-
 def make_tokenizer(told: Sequence[Told]) -> PreTrainedTokenizerFast:
     """A tokenizer that knows every word that is said about scenes: in maps, captions and all conversations."""
     rng = np.random.Generator(np.random.PCG64(0))
     rows = conversations(list(told), "teachers", rng)
     said = [turn["value"] for row in rows for turn in cast(list[Turn], row["conversations"])]
-    said += [turn["value"] for t in told for turn in t.caption]
+    said += [turn["value"] for t in told for turn in [*t.caption, *t.places]]
     chats = [chat for kind in read(told).values() for chat in kind]
     said += [text for chat in chats for pair in chat.pairs for text in pair] + [c for chat in chats for c in chat.cells]
     said += [*DESCRIBE, *COLOURS, *SHAPES]
@@ -236,7 +214,7 @@ def train(
     rows = {kind: encode(chats, words) for kind, chats in read(told, seed).items()}
     fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
     kinds = (["places", "places", "text"] * steps)[: steps // 3]
-    kinds += ["short", "lettered", "captions", "short", "lettered", "places"] * steps
+    kinds += ["short", "lettered", "captions", "text", "short", "lettered", "places"] * steps
     turn = 0
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:

@@ -43,11 +43,15 @@ def test_places_are_where_the_map_has_them(told: list[Told], monkeypatch: pytest
     """Told of an object is the mean column and row of the cells that show it."""
     monkeypatch.setattr(train_language, "WRONG", 0)
     for chat in train_language.read(told)["places"]:
-        listed, *_ = chat.pairs[0][1].split(";")
+        listed, rightwards, downwards, *_ = chat.pairs[0][1].split("; ")
+        middles = {}
         for item in listed.split(", "):
             name, *place = item.rsplit(" ", 2)
             cells = [re.findall(r"\d", cell)[::-1] for cell in chat.cells if cell.startswith(f"{name} ")]
-            assert [round(mean) for mean in np.mean(np.array(cells, int), axis=0).tolist()] == [int(p) for p in place]
+            middles[name] = np.mean(np.array(cells, int), axis=0).tolist()
+            assert [round(mean) for mean in middles[name]] == [int(p) for p in place]
+        assert rightwards == " ".join(["left to right", *sorted(middles, key=lambda name: middles[name][0])])
+        assert downwards == " ".join(["top to bottom", *sorted(middles, key=lambda name: middles[name][1])])
 
 
 def test_all_letters_are_right_equally_often(chats: dict[str, list[Chat]]) -> None:
