@@ -74,9 +74,12 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
     flat: list[tuple[int, Question]] = []  # with the scene it is about; at random, but scene by scene
     for number, t in enumerate(told):
         ask, answer = (turn["value"] for turn in t.caption)
+        described = [(ask.removeprefix("<image>\n"), answer)]
         if any(" " in cell for cell in maps[number]):
-            chats["places"].append(_chat(maps[number], [(WHERE, places(maps[number], rng))], rng))
-        chats["captions"].append(_chat(maps[number], [(ask.removeprefix("<image>\n"), answer)], rng))
+            where = (WHERE, places(maps[number], rng))
+            chats["places"].append(_chat(maps[number], [where], rng))
+            described.append(where)
+        chats["captions"].append(_chat(maps[number], described, rng))  # as in pretraining
         # Most shapes are absent from most scenes: "none" would be the answer most of the time.
         mine = [q for q in t.questions if q.task == "Relation" or (q.task == "Count" and _some(q, rng))]
         flat += [(number, mine[i]) for i in rng.permutation(len(mine))]

@@ -17,6 +17,7 @@ from olavlm.eval.answers import parse_choice
 from pipelines.demo_world.benchmark import SCHEMA
 from pipelines.demo_world.build import TURNS, build_benchmark, build_split
 from pipelines.demo_world.language import DESCRIBE
+from pipelines.demo_world.places import WHERE
 from pipelines.demo_world.scenes import SPLITS, render, sample_scene, scene_seed
 
 SCENES = 300  # of the benchmark
@@ -59,7 +60,9 @@ def test_same_input_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
 def test_pretraining_rows_are_captions_of_the_rendered_scene(tmp_path: Path) -> None:
     rows = json.loads(build_split("pretrain", 3, tmp_path, seed=0, workers=1, truth=True).read_text())
     for index, row in enumerate(rows):
-        human, gpt = row["conversations"]
+        human, gpt, where, there = row["conversations"]
+        assert where["value"] == WHERE
+        assert there["value"].count(", ") + 1 == len(sample_scene(scene_seed("pretrain", index)).objects)
         assert human["from"] == "human"
         assert human["value"].startswith("<image>\n")
         assert gpt["from"] == "gpt"
