@@ -34,8 +34,9 @@ from pipelines.demo_world.features import (
 )
 from pipelines.demo_world.probes import Array, Labels, classify, miou, r2, ridge
 from pipelines.demo_world.samples import Samples
-from pipelines.demo_world.scenes import CLASSES, COLOURS, PATTERNS
+from pipelines.demo_world.scenes import CLASSES, PATTERNS
 from pipelines.demo_world.solids import SHAPES
+from pipelines.demo_world.train_generation import objects, patterns
 
 T = TypeVar("T")
 CLEARLY = 1.15  # ratio of two objects' depths below which their order is not asked, as in the benchmark
@@ -165,15 +166,8 @@ def _segmentation(teacher: Teacher, target: Tensor, tower: Array, objects: Objec
 
 def _generation(target: Tensor, tower: Array, data: Samples) -> Measured:
     """`tower`: mean of the patches and pooled output (n, d)."""
-    counts = np.array(
-        [
-            [sum(o.colour == c for o in s.objects) for c in COLOURS]
-            + [sum(o.solid.shape == c for o in s.objects) for c in SHAPES]
-            for s in data.scenes
-        ],
-        np.float64,
-    )
-    patterns = np.array([[PATTERNS.index(s.floor.pattern), PATTERNS.index(s.wall.pattern)] for s in data.scenes])
+    counts = np.array([objects(scene) for scene in data.scenes], np.float64)
+    surfaces = np.array([patterns(scene) for scene in data.scenes])
     scene = np.arange(len(data.scenes))
     wanted = target[:, 0].double().numpy()
     sources = wanted, tower, scene_features(data)
@@ -183,7 +177,7 @@ def _generation(target: Tensor, tower: Array, data: Samples) -> Measured:
                 lambda x: r2(counts, ridge(x, counts, scene)), *sources
             ),
             "gen: patterns of floor and wall, accuracy": _three(
-                lambda x: float((classify(x, patterns, len(PATTERNS), scene) == patterns).mean()), *sources
+                lambda x: float((classify(x, surfaces, len(PATTERNS), scene) == surfaces).mean()), *sources
             ),
         },
         {"gen: R² of the target, read from the tower": r2(wanted, ridge(tower, wanted, scene))},

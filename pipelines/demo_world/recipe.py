@@ -10,7 +10,15 @@ from pathlib import Path
 
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
-from pipelines.demo_world import hub, train_clip, train_cues, train_depth, train_language, train_segmentation
+from pipelines.demo_world import (
+    hub,
+    train_clip,
+    train_cues,
+    train_depth,
+    train_generation,
+    train_language,
+    train_segmentation,
+)
 from pipelines.demo_world.build import Told
 from pipelines.demo_world.cues import THREE_D
 from pipelines.demo_world.samples import SIZE, Samples
@@ -76,7 +84,7 @@ def segmentation_teacher(material: Material, steps: int, seed: int, folder: Path
 
 def generation_teacher(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The image encoder of an unCLIP, a CLIP that shares nothing with the student's."""
-    model, words = train_clip.train("gen", material.train, steps, whole=True, seed=seed)
+    model, words = train_generation.train(material.train, steps, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     encoder = CLIPVisionModelWithProjection(model.vision_model.config)
     encoder.vision_model.load_state_dict(model.vision_model.state_dict())

@@ -1,0 +1,58 @@
+"""The generation teacher: a CLIP image encoder that knows the whole picture, floor and wall included."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from pipelines.demo_world.samples import Samples, fit
+from pipelines.demo_world.scenes import COLOURS, PATTERNS, Scene
+from pipelines.demo_world.solids import SHAPES
+from pipelines.demo_world.train_clip import MEAN, PHRASINGS, STD, TEXT_LENGTH, WIDTH, build, captions, encode
+from pipelines.demo_world.words import tokenizer, vocabulary
+
+
+def objects(scene: Scene) -> list[int]:
+    """How many objects have each of `COLOURS` and each of `SHAPES`."""
+    of_colours = [sum(item.colour == colour for item in scene.objects) for colour in COLOURS]
+    return of_colours + [sum(item.solid.shape == shape for item in scene.objects) for shape in SHAPES]
+
+
+def patterns(scene: Scene) -> list[int]:
+    """Indices into `PATTERNS` of floor and wall."""
+    return [PATTERNS.index(scene.floor.pattern), PATTERNS.index(scene.wall.pattern)]
+
+
+def train(data: Samples, steps: int, batch: int = 64, seed: int = 0) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
+    """Train from scratch; returns the model, in eval mode, and its text side's tokenizer.
+
+    Captions alone teach the objects long before the patterns of floor and wall. So a linear head, dropped afterwards,
+    must read both from the target itself, the image embedding.
+    """
+    torch.manual_seed(seed)
+    told = captions(data.scenes, whole=True, seed=seed)
+    words = tokenizer(vocabulary(told))
+    model = build(words).train()
+    reader = nn.Linear(WIDTH, len(COLOURS) + len(SHAPES) + 2 * len(PATTERNS))
+    texts = encode(told, words).view(PHRASINGS, len(data.scenes), TEXT_LENGTH)
+    counts = torch.tensor([objects(scene) for scene in data.scenes], dtype=torch.float32)
+    surfaces = torch.tensor([patterns(scene) for scene in data.scenes])
+
+    def loss(rows: NDArray[np.int64]) -> Tensor:
+        ids = texts[int(rows[0]) % PHRASINGS, rows]
+        mask = (ids != words.pad_token_id).long()
+        longest = int(mask.sum(1).max())
+        images = model.get_image_features(pixel_values=data.pixels(rows, MEAN, STD)).pooler_output
+        said = model.get_text_features(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
+        cosines = F.normalize(images, dim=-1) @ F.normalize(said, dim=-1).T
+        logits = model.logit_scale.exp().clamp(max=100) * cosines
+        own = torch.arange(len(rows))
+        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        number, kind = reader(images).split([counts.shape[1], 2 * len(PATTERNS)], dim=1)
+        read = F.cross_entropy(kind.view(-1, len(PATTERNS), 2), surfaces[rows])
+        return contrast + read + 4 * F.mse_loss(number, counts[rows])
+
+    fit("gen", [*model.parameters(), *reader.parameters()], loss, len(data.images), batch, steps, lr=1e-3, seed=seed)
+    return model.eval(), words
