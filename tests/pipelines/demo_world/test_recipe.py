@@ -24,10 +24,6 @@ from pipelines.demo_world.samples import batches
 
 WRITTEN = {RECORD, "MODEL_CARD.md", GATES, "teachers.png"}
 
-current = pytest.mark.skipif(
-    not (SHIPPED / "seg" / RECORD).exists(), reason="the shipped weights come from the recipe before this one"
-)
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +38,6 @@ def _files(folder: Path) -> set[str]:
     return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name not in WRITTEN}
 
 
-@current
 def test_recipe_makes_what_ships(trained: Path) -> None:
     """Same files, tensors and shapes as the shipped weights; a record in every folder and nothing half-made."""
     assert _files(trained) == _files(SHIPPED)
@@ -126,7 +121,6 @@ def test_weights_are_compared(trained: Path, tmp_path: Path) -> None:
     assert "largest difference" in compare(trained, SHIPPED)["depth"]
 
 
-@current
 def test_what_is_there_is_measured_and_carded(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
