@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from olavlm.model.build import build_student
 from olavlm.model.configuration import OlaVlmConfig, TaskConfig
+from olavlm.model.distill import EmbeddingDistiller
 from olavlm.model.layout import ImageLayout, find_images
 from olavlm.model.losses import EmbeddingLosses, TaskTargets, cosine, embedding_losses, info_nce, smooth_l1
 from olavlm.model.modeling import OlaVlmForConditionalGeneration, OlaVlmOutput, parameter_groups
@@ -19,6 +20,7 @@ AutoModelForImageTextToText.register(OlaVlmConfig, OlaVlmForConditionalGeneratio
 AutoProcessor.register(OlaVlmConfig, OlaVlmProcessor)  # type: ignore[no-untyped-call]
 
 __all__ = [
+    "EmbeddingDistiller",
     "EmbeddingLosses",
     "EmbeddingPredictor",
     "ImageLayout",

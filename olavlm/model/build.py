@@ -62,7 +62,8 @@ def build_student(
         vision_tower,
         lambda: AutoImageProcessor.from_pretrained(vision_tower),  # type: ignore[no-untyped-call]
     )
-    counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, text_model.config)]
+    llm = text_model.config
+    counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, llm.hidden_size, llm.num_hidden_layers)]
     names = [IMAGE_TOKEN, *(task_token(task, i) for task, count in counts for i in range(count))]
     tokenizer.add_tokens(names, special_tokens=True)
     if tokenizer.pad_token_id is None:
