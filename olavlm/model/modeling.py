@@ -112,11 +112,15 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         Raises:
             OlaError: tensors that are missing, unknown or of another shape.
         """
-        if output_loading_info:
-            return super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        kwargs["ignore_mismatched_sizes"] = True  # reported with everything else
+        if not output_loading_info:
+            kwargs["ignore_mismatched_sizes"] = True  # reported with everything else
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
+        for module in model.predictors.modules():
+            if isinstance(module, EmbeddingPredictor):
+                module.freeze_unused()  # transformers makes every loaded parameter trainable
+        if output_loading_info:
+            return loaded
         missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         faults = [f"lacks {len(missing)} tensors, among them {missing[0]}"] if missing else []
         faults += [f"has {len(unknown)} unknown tensors, among them {unknown[0]}"] if unknown else []

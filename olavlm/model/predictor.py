@@ -41,10 +41,14 @@ class EmbeddingPredictor(nn.Module):
         self.project_out = nn.Linear(dim, width)
         self.norm_out = nn.LayerNorm(width)
         self.linear_1, self.linear_2, self.linear_3 = (_mlp(width) if depth_mlps else None for _ in range(3))
+        self.freeze_unused()
+        self.reset_parameters()
+
+    def freeze_unused(self) -> None:
+        """``linear_2`` and ``linear_3`` want no gradient: no loss reaches them."""
         for unused in (self.linear_2, self.linear_3):
             if unused is not None:
                 unused.requires_grad_(False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """torch's own fan-in initialisation, as published; own latents N(0, 1) / √dim."""
