@@ -90,7 +90,8 @@ def build_student(
         dtype=dtype,
     )
     model = _compose(config, tower, text_model, len(tokenizer), seed)
-    model.to(dtype)  # type: ignore[arg-type]
+    for parameter in model.parameters():  # not `model.to`: rotary frequencies, which are buffers, stay in fp32
+        parameter.data = parameter.data.to(dtype)
     model.generation_config = _generation_config(text_model, processor)
     model.eval()  # type: ignore[no-untyped-call]
     return model, processor

@@ -1,8 +1,7 @@
 """Where the images of a batch are: found by token id, never by an offset from a template."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +22,11 @@ class ImageLayout:
     row: Tensor  # (n,) int64, the row each image is in
     image: Tensor  # (n, L) bool, the tokens of that row which are the image's
     columns: Mapping[str, Tensor]  # task → (n, task_tokens) int64, where in that row the image's task tokens are
+    one_per_row: bool = field(init=False)  # image i is in row i: rows need no gathering
+
+    def __post_init__(self) -> None:
+        own = self.images == self.batch and bool((self.row == torch.arange(self.batch, device=self.row.device)).all())
+        object.__setattr__(self, "one_per_row", own)
 
     @property
     def images(self) -> int:
@@ -34,15 +38,15 @@ class ImageLayout:
         """(B, L)."""
         return self.batch, int(self.image.shape[1])
 
-    @cached_property
+    @property
     def special(self) -> Tensor:
         """(B, L) bool, every image and task token of the batch."""
-        special = self._own.new_zeros(self.shape, dtype=torch.int64)
-        return special.index_add(0, self.row, self._own.long()).bool()
+        own = self._own
+        return own.new_zeros(self.shape, dtype=torch.int64).index_add(0, self.row, own.long()).bool()
 
     def rows(self, hidden: Tensor) -> Tensor:
         """The row of each image: (B, L, …) → (n, L, …)."""
-        return hidden if self._one_per_row else hidden[self.row]
+        return hidden if self.one_per_row else hidden[self.row]
 
     def key_mask(self, attention_mask: Tensor | None, task: str | None, read_text: bool = True) -> Tensor:
         """The positions that the predictor of `task` attends to for each image, (n, L) bool.
@@ -65,7 +69,7 @@ class ImageLayout:
             keys = keys & self.rows(attention_mask).bool()
         return keys
 
-    @cached_property
+    @property
     def _own(self) -> Tensor:
         """(n, L) bool, an image's own tokens and its task tokens."""
         own = self.image
@@ -73,12 +77,8 @@ class ImageLayout:
             own = own.scatter(1, columns, True)
         return own
 
-    @cached_property
-    def _one_per_row(self) -> bool:
-        """Image i is in row i: rows need no gathering."""
-        return self.images == self.batch and bool((self.row == torch.arange(self.batch, device=self.row.device)).all())
 
-
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at the ids, which no graph can
 def find_images(input_ids: Tensor, config: OlaVlmConfig) -> ImageLayout:
     """Locate every image of a batch, in row-major order.
 
