@@ -1,5 +1,6 @@
 """The student: its configuration, task tokens, embedding predictors, losses and processor.
 
+`EmbeddingDistiller` gives the embedding losses to any other model.
 Importing this package registers the student with transformers' Auto classes. What does not belong here: teachers,
 reading corpora or targets, the training loop.
 """

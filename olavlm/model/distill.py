@@ -59,7 +59,7 @@ class EmbeddingStack(nn.Module):
         self.logit_scales = LogitScales({t.name: torch.empty(1) for t in tasks})
 
     def inserted_tokens(self) -> Tensor:
-        """The embeddings inserted behind every image, all tasks in order: (sum of task_tokens, hidden)."""
+        """The embeddings inserted behind every image, all tasks in order: (sum of task_tokens, hidden), own dtype."""
         rows = []
         for task in self.tasks:
             if task.task_tokens:

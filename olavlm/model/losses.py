@@ -29,7 +29,10 @@ class TaskTargets:
 
     @classmethod
     def of_batch(cls, values: Tensor, valid: Tensor | None = None) -> "TaskTargets":
-        """The targets of a batch that is the whole global batch; `valid` is all of them where not given."""
+        """The targets of a batch that is the whole global batch; all are valid where `valid` is not given.
+
+        With several ranks or micro-steps, fill the fields from all of them together instead.
+        """
         if valid is None:
             valid = torch.ones(len(values), dtype=torch.bool, device=values.device)
         return cls(values, valid, values[valid], valid.cumsum(0) - 1, int(valid.sum()))

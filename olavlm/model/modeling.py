@@ -42,6 +42,12 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
 
     The task tokens' ids mark positions only: what the language model reads there are rows of `task_tokens`. Predictors
     run only in ``forward(..., predict=True)``, never in `generate`.
+
+    The stack behind the vision encoder runs from given embeddings as well; everything there is to compare or to learn:
+
+        out = model(input_ids=ids, inputs_embeds=embeds, labels=labels, predict=True, output_hidden_states=True)
+        out.hidden_states[layer], out.predictions[task][layer], out.loss  # the loss is that of the text alone
+        embedding_losses(out.predictions, targets, model.logit_scales, weights, contrastive)
     """
 
     config_class = OlaVlmConfig
