@@ -16,6 +16,9 @@ class ImageLayout:
 
     `find_images` makes the student's. For another model make one of wherever its images are: tokens of an image need
     not be neighbours, nor equally many for every image.
+
+    Raises:
+        OlaError: `image` has not a row for every image.
     """
 
     batch: int  # B
@@ -25,6 +28,11 @@ class ImageLayout:
     one_per_row: bool = field(init=False)  # image i is in row i: rows need no gathering
 
     def __post_init__(self) -> None:
+        if self.image.ndim != 2 or self.image.dtype != torch.bool or len(self.image) != self.images:
+            raise OlaError(
+                f"layout.image: {tuple(self.image.shape)} of {self.image.dtype}; expected {self.images} rows of bool, "
+                "one for each image"
+            )
         own = self.images == self.batch and bool((self.row == torch.arange(self.batch, device=self.row.device)).all())
         object.__setattr__(self, "one_per_row", own)
 

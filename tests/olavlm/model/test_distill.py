@@ -190,6 +190,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         distiller(layout=layout, **(given | {k: v for k, v in change.items() if k != "columns"}))
 
 
+def test_a_layout_has_a_row_for_every_image() -> None:
+    with pytest.raises(OlaError, match=r"layout.image: \(3, 6\) of torch.bool; expected 2 rows of bool"):
+        ImageLayout(3, torch.arange(2), torch.zeros(3, 6, dtype=torch.bool), {})
+
+
 def test_tasks_that_cannot_be_built_are_refused() -> None:
     with pytest.raises(OlaError, match=r"tasks.depth.layers: 2; expected integers from 1 to 1"):
         EmbeddingDistiller(tasks(0), hidden_size=16, num_layers=1)
