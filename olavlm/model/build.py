@@ -62,7 +62,8 @@ def build_student(
         vision_tower,
         lambda: AutoImageProcessor.from_pretrained(vision_tower),  # type: ignore[no-untyped-call]
     )
-    counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, text_model.config)]
+    llm = text_model.config
+    counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, llm.hidden_size, llm.num_hidden_layers)]
     names = [IMAGE_TOKEN, *(task_token(task, i) for task, count in counts for i in range(count))]
     tokenizer.add_tokens(names, special_tokens=True)
     if tokenizer.pad_token_id is None:
@@ -89,7 +90,8 @@ def build_student(
         dtype=dtype,
     )
     model = _compose(config, tower, text_model, len(tokenizer), seed)
-    model.to(dtype)  # type: ignore[arg-type]
+    for parameter in model.parameters():  # not `model.to`: rotary frequencies, which are buffers, stay in fp32
+        parameter.data = parameter.data.to(dtype)
     model.generation_config = _generation_config(text_model, processor)
     model.eval()  # type: ignore[no-untyped-call]
     return model, processor

@@ -60,7 +60,7 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-        tasks = parse_tasks(self.tasks or [], self.text_config)
+        tasks = parse_tasks(self.tasks or [], self.llm.hidden_size, self.llm.num_hidden_layers)
         self.tasks = [asdict(task) | {"layers": list(task.layers)} for task in tasks]
         self.task_token_ids = {name: list(ids) for name, ids in (self.task_token_ids or {}).items()}
         _check_ids(tasks, self.task_token_ids, self.image_token_index)
@@ -84,21 +84,23 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
         ]
 
 
-def parse_tasks(entries: list[dict[str, Any]], text_config: Any) -> list[TaskConfig]:
-    """Entries of `OlaVlmConfig.tasks` for a language model of that configuration, validated, defaults filled in.
+def parse_tasks(entries: list[dict[str, Any]], hidden_size: int, num_layers: int) -> list[TaskConfig]:
+    """Entries of `OlaVlmConfig.tasks` for a language model of that width and depth, validated, defaults filled in.
 
     Raises:
         OlaError: see `OlaVlmConfig`.
     """
-    tasks = [_parse_task(entry, text_config) for entry in entries]
+    tasks = [_parse_task(entry, hidden_size, num_layers) for entry in entries]
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
         raise OlaError(f"tasks: {', '.join(names)} names a task twice")
     return tasks
 
 
-def _parse_task(given: dict[str, Any], text_config: Any) -> TaskConfig:
+def _parse_task(given: dict[str, Any], hidden_size: int, num_layers: int) -> TaskConfig:
     """A validated `TaskConfig` with its defaults filled in."""
+    if not isinstance(given, dict):
+        raise OlaError(f"tasks: {given!r}; expected a list of dictionaries with the fields of a task")
     name = given.get("name")
     if not isinstance(name, str) or not name.isidentifier():
         raise OlaError(f"tasks: name {name!r}; expected a plain word such as 'depth'")
@@ -114,7 +116,7 @@ def _parse_task(given: dict[str, Any], text_config: Any) -> TaskConfig:
     entry: dict[str, Any] = {"layers": [], "task_tokens": 8, "depth_mlps": False, "dim": None} | given
     if entry["dim"] is None:
         wide = entry["depth_mlps"] and entry["task_tokens"]
-        entry["dim"] = text_config.hidden_size if wide else entry["width"]
+        entry["dim"] = hidden_size if wide else entry["width"]
     for key, least in (("queries", 1), ("width", 1), ("dim", 1), ("task_tokens", 0)):
         if isinstance(entry[key], bool) or not isinstance(entry[key], int) or entry[key] < least:
             raise OlaError(f"tasks.{name}.{key}: {entry[key]!r}; expected an integer of at least {least}")
@@ -126,14 +128,19 @@ def _parse_task(given: dict[str, Any], text_config: Any) -> TaskConfig:
         raise OlaError(
             f"tasks.{name}.task_tokens: {entry['task_tokens']} does not divide its {entry['queries']} queries"
         )
-    depth = text_config.num_hidden_layers
-    layers = list(entry["layers"])
+    if not isinstance(entry["depth_mlps"], bool):
+        raise OlaError(f"tasks.{name}.depth_mlps: {entry['depth_mlps']!r}; expected true or false")
+    layers = entry["layers"]
+    if not isinstance(layers, list | tuple):
+        raise OlaError(f"tasks.{name}.layers: {layers!r}; expected a list of integers")
     for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
-            raise OlaError(f"tasks.{name}.layers: {layer!r}; expected integers from 1 to {depth}, the number of layers")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+            raise OlaError(
+                f"tasks.{name}.layers: {layer!r}; expected integers from 1 to {num_layers}, the number of layers"
+            )
     if len(set(layers)) != len(layers):
         raise OlaError(f"tasks.{name}.layers: {layers} names a layer twice")
-    return TaskConfig(**(entry | {"layers": tuple(layers), "depth_mlps": bool(entry["depth_mlps"])}))
+    return TaskConfig(**(entry | {"layers": tuple(layers)}))
 
 
 def _check_ids(tasks: list[TaskConfig], ids: dict[str, list[int]], image_token: int) -> None:

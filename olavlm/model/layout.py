@@ -1,6 +1,7 @@
 """Where the images of a batch are: found by token id, never by an offset from a template."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,28 +12,45 @@ from olavlm.model.configuration import OlaVlmConfig
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Positions of the images of a batch of B rows of L tokens, in row-major order; n images in all.
+    """Positions of the images of a batch of B rows of L tokens; n images in all.
 
-    An image occupies one block: ``[image tokens][first task's tokens][second task's tokens]…``.
+    `find_images` makes the student's. For another model make one of wherever its images are: tokens of an image need
+    not be neighbours, nor equally many for every image.
+
+    Raises:
+        OlaError: `image` has not a row for every image.
     """
 
+    batch: int  # B
     row: Tensor  # (n,) int64, the row each image is in
-    start: Tensor  # (n,) int64, the column of its first image token
-    image_tokens: int
-    spans: dict[str, tuple[int, int]]  # task → first and last + 1 column of its tokens, relative to `start`
-    block: int  # tokens an image occupies in all
-    special: Tensor  # (B, L) bool, image and task tokens
-    one_per_row: bool  # image i is in row i: rows need no gathering
+    image: Tensor  # (n, L) bool, the tokens of that row which are the image's
+    columns: Mapping[str, Tensor]  # task → (n, task_tokens) int64, where in that row the image's task tokens are
+    one_per_row: bool = field(init=False)  # image i is in row i: rows need no gathering
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or self.image.dtype != torch.bool or len(self.image) != self.images:
+            raise OlaError(
+                f"layout.image: {tuple(self.image.shape)} of {self.image.dtype}; expected {self.images} rows of bool, "
+                "one for each image"
+            )
+        own = self.images == self.batch and bool((self.row == torch.arange(self.batch, device=self.row.device)).all())
+        object.__setattr__(self, "one_per_row", own)
 
     @property
     def images(self) -> int:
         """How many images the batch has."""
         return int(self.row.shape[0])
 
-    def columns(self, task: str) -> Tensor:
-        """Columns of a task's tokens, (n, task_tokens) int64."""
-        first, last = self.spans[task]
-        return self.start[:, None] + torch.arange(first, last, device=self.start.device)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L)."""
+        return self.batch, int(self.image.shape[1])
+
+    @property
+    def special(self) -> Tensor:
+        """(B, L) bool, every image and task token of the batch."""
+        own = self._own
+        return own.new_zeros(self.shape, dtype=torch.int64).index_add(0, self.row, own.long()).bool()
 
     def rows(self, hidden: Tensor) -> Tensor:
         """The row of each image: (B, L, …) → (n, L, …)."""
@@ -42,28 +60,37 @@ class ImageLayout:
         """The positions that the predictor of `task` attends to for each image, (n, L) bool.
 
         These are the image's own tokens, the task's own tokens behind them (none for ``task=None``), and all text of
-        the row; never padding, never another image's block or another task's tokens. Without `read_text` nothing behind
-        the image's block is a key. The predictor has no notion of position, so masking a position out equals the
-        published concatenation that leaves it out.
+        the row; never padding, never another image or its task tokens, never another task's tokens. Without `read_text`
+        nothing behind the image and its task tokens is a key. The predictor has no notion of position, so masking a
+        position out equals the published concatenation that leaves it out.
 
         Args:
             attention_mask: (B, L), nonzero where a token is no padding; None where there is no padding.
         """
-        column = torch.arange(self.special.shape[1], device=self.special.device)
-        offset = column - self.start[:, None]  # (n, L) relative to the image
-        keys = ~self.rows(self.special) | ((offset >= 0) & (offset < self.image_tokens))
+        keys = ~self.rows(self.special) | self.image
         if task is not None:
-            first, last = self.spans[task]
-            keys = keys | ((offset >= first) & (offset < last))
+            keys = keys.scatter(1, self.columns[task], True)
         if not read_text:
-            keys = keys & (offset < self.block)
+            column = torch.arange(self.shape[1], device=keys.device)
+            keys = keys & (column <= (self._own * column).amax(1, keepdim=True))
         if attention_mask is not None:
             keys = keys & self.rows(attention_mask).bool()
         return keys
 
+    @property
+    def _own(self) -> Tensor:
+        """(n, L) bool, an image's own tokens and its task tokens."""
+        own = self.image
+        for columns in self.columns.values():
+            own = own.scatter(1, columns, True)
+        return own
 
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at the ids, which no graph can
 def find_images(input_ids: Tensor, config: OlaVlmConfig) -> ImageLayout:
-    """Locate every image block of a batch.
+    """Locate every image of a batch, in row-major order.
+
+    An image occupies one block: ``[image tokens][first task's tokens][second task's tokens]…``.
 
     Args:
         input_ids: (B, L) int64.
@@ -72,24 +99,24 @@ def find_images(input_ids: Tensor, config: OlaVlmConfig) -> ImageLayout:
         OlaError: image or task tokens that do not form whole blocks, as after a careless truncation.
     """
     block = torch.tensor(config.image_block, device=input_ids.device)
-    length = config.image_seq_length
+    tokens = config.image_seq_length
     is_image = input_ids == config.image_token_index
-    special = is_image | torch.isin(input_ids, block)
-    at = is_image.nonzero()[::length]
-    row, start = at[:, 0], at[:, 1]
-    images = int(at.shape[0])
-    if images:
-        columns = start[:, None] + torch.arange(len(block), device=input_ids.device)
-        found = input_ids[row[:, None], columns.clamp(max=input_ids.shape[1] - 1)]
-        whole = (found == block).all() & (columns[:, -1] < input_ids.shape[1]).all()
-    if int(special.sum()) != images * len(block) or (images and not bool(whole)):
+    at = is_image.nonzero()[::tokens]
+    row, start = at[:, 0], at[:, 1:]
+    columns = start + torch.arange(len(block), device=input_ids.device)  # (n, block)
+    found = input_ids[row[:, None], columns.clamp(max=input_ids.shape[1] - 1)]
+    whole = (found == block).all() & (columns < input_ids.shape[1]).all()
+    special = int((is_image | torch.isin(input_ids, block)).sum())
+    if special != found.numel() or not bool(whole):
         raise OlaError(
-            f"input_ids: {int(is_image.sum())} image tokens and {int((special & ~is_image).sum())} task tokens do not "
-            f"form whole blocks of {length} image tokens followed by {len(block) - length} task tokens"
+            f"input_ids: {int(is_image.sum())} image tokens and {special - int(is_image.sum())} task tokens do not "
+            f"form whole blocks of {tokens} image tokens followed by {len(block) - tokens} task tokens"
         )
-    spans, first = {}, length
-    for task in config.task_configs:
-        spans[task.name] = (first, first + task.task_tokens)
-        first += task.task_tokens
-    one_per_row = images == input_ids.shape[0] and bool((row == torch.arange(images, device=row.device)).all())
-    return ImageLayout(row, start, length, spans, len(block), special, one_per_row)
+    counts = [task.task_tokens for task in config.task_configs]
+    of_tasks = torch.split_with_sizes(columns[:, tokens:], counts, dim=1)
+    return ImageLayout(
+        batch=input_ids.shape[0],
+        row=row,
+        image=torch.zeros_like(is_image[row]).scatter(1, columns[:, :tokens], True),
+        columns={task.name: part for task, part in zip(config.task_configs, of_tasks, strict=True)},
+    )

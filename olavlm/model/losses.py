@@ -27,6 +27,16 @@ class TaskTargets:
     index: Tensor  # (n,) int64, an image's own target among the candidates; any content where not valid
     count: int  # images with a target in the global batch
 
+    @classmethod
+    def of_batch(cls, values: Tensor, valid: Tensor | None = None) -> "TaskTargets":
+        """The targets of a batch that is the whole global batch; all are valid where `valid` is not given.
+
+        With several ranks or micro-steps, fill the fields from all of them together instead.
+        """
+        if valid is None:
+            valid = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        return cls(values, valid, values[valid], valid.cumsum(0) - 1, int(valid.sum()))
+
 
 @dataclass(frozen=True)
 class EmbeddingLosses:
@@ -128,15 +138,16 @@ def embedding_losses(
             )
         if task not in targets:
             raise OlaError(f"losses.{task}: no targets given; there are targets of {', '.join(targets) or 'none'}")
-        target = targets[task]
+        t = targets[task]
         for layer, prediction in predictions[task].items():
-            loss = parts[f"{task}/{layer}/smooth_l1"] = smooth_l1(prediction, target.values, target.valid, target.count)
-            if contrastive:
-                nce = info_nce(
-                    prediction, target.candidates, target.index, target.valid, logit_scales[task], target.count
-                )
-                parts[f"{task}/{layer}/contrastive"] = nce
-                loss = loss + contrastive * nce
+            try:
+                loss = parts[f"{task}/{layer}/smooth_l1"] = smooth_l1(prediction, t.values, t.valid, t.count)
+                if contrastive:
+                    nce = info_nce(prediction, t.candidates, t.index, t.valid, logit_scales[task], t.count)
+                    parts[f"{task}/{layer}/contrastive"] = nce
+                    loss = loss + contrastive * nce
+            except OlaError as error:
+                raise OlaError(f"losses.{task}: layer {layer}: {error}") from None
             terms.append(weight * loss)
     return EmbeddingLosses(torch.stack(terms).sum() if terms else torch.zeros(()), parts)
 

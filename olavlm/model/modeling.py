@@ -11,7 +11,8 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from olavlm.errors import OlaError
-from olavlm.model.configuration import OlaVlmConfig, TaskConfig
+from olavlm.model.configuration import OlaVlmConfig
+from olavlm.model.distill import EmbeddingStack, LogitScales, TaskTokens
 from olavlm.model.layout import ImageLayout, find_images
 from olavlm.model.predictor import EmbeddingPredictor
 
@@ -36,29 +37,17 @@ class OlaVlmOutput(LlavaCausalLMOutputWithPast):
     predictions: dict[str, dict[int, Tensor]] | None = None
 
 
-class TaskTokens(nn.ParameterDict):
-    """Each task's learnable table, N(0, 1)."""
-
-    def reset_parameters(self) -> None:
-        """Draw anew."""
-        for table in self.parameters():
-            nn.init.normal_(table)
-
-
-class LogitScales(nn.ParameterDict):
-    """Each task's learnable log-scale of the cosines in its contrastive loss."""
-
-    def reset_parameters(self) -> None:
-        """Back to the published start."""
-        for scale in self.parameters():
-            nn.init.constant_(scale, 2.0)
-
-
-class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
+class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
     """The student: vision encoder → projector → language model, with task tokens behind every image.
 
     The task tokens' ids mark positions only: what the language model reads there are rows of `task_tokens`. Predictors
     run only in ``forward(..., predict=True)``, never in `generate`.
+
+    The stack behind the vision encoder runs from given embeddings as well; everything there is to compare or to learn:
+
+        out = model(input_ids=ids, inputs_embeds=embeds, labels=labels, predict=True, output_hidden_states=True)
+        out.hidden_states[layer], out.predictions[task][layer], out.loss  # the loss is that of the text alone
+        embedding_losses(out.predictions, targets, model.logit_scales, weights, contrastive)
     """
 
     config_class = OlaVlmConfig
@@ -67,15 +56,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
 
     def __init__(self, config: OlaVlmConfig) -> None:
         super().__init__(config)
-        hidden = config.llm.hidden_size
-        tasks = config.task_configs
-        # Held as parameters: rebuilt as `nn.Parameter(...).to(dtype)` they would neither be trained nor saved.
-        self.task_tokens = TaskTokens({t.name: torch.empty(t.table_rows, hidden) for t in tasks if t.task_tokens})
-        self.predictors = nn.ModuleDict(
-            {t.name: nn.ModuleDict({str(layer): _predictor(t, hidden) for layer in t.layers}) for t in tasks}
-        )
-        # One element rather than a scalar: `fully_shard` refuses scalar parameters.
-        self.logit_scales = LogitScales({t.name: torch.empty(1) for t in tasks})
+        self.add_stack(config.task_configs, config.llm.hidden_size, config.predictors_read_text)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,16 +69,6 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
             module.reset_parameters()  # type: ignore[operator]
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
-
-    def inserted_tokens(self) -> Tensor:
-        """The embeddings inserted behind every image, all tasks in order: (sum of task_tokens, hidden)."""
-        rows = []
-        for task in self.config.task_configs:
-            if task.task_tokens:
-                table = self.task_tokens[task.name]
-                # Dense: runs of queries / task_tokens rows, averaged. Pooled: runs of one row.
-                rows.append(table.unflatten(0, (task.task_tokens, -1)).mean(1))
-        return torch.cat(rows) if rows else torch.empty(0, self.config.llm.hidden_size, device=self.device)
 
     def embed(self, input_ids: Tensor, layout: ImageLayout, image_features: Tensor) -> Tensor:
         """The language model's input.
@@ -121,7 +92,7 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         block = torch.cat(
             [
                 image_features.to(embeds.dtype),
-                self.inserted_tokens().to(embeds.dtype).expand(layout.images, -1, -1),
+                self.inserted_tokens().to(embeds).expand(layout.images, -1, -1),
             ],
             dim=1,
         )
@@ -137,14 +108,49 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         empty: Tensor = projector(features)
         return empty
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, which refuses a checkpoint that is not exactly this model's.
+
+        With ``output_loading_info=True`` what is missing is initialised like new, what is too much is left out, and
+        both are reported beside the model.
+
+        Raises:
+            OlaError: tensors that are missing, unknown or of another shape.
+        """
+        if not output_loading_info:
+            kwargs["ignore_mismatched_sizes"] = True  # reported with everything else
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for module in model.predictors.modules():
+            if isinstance(module, EmbeddingPredictor):
+                module.freeze_unused()  # transformers makes every loaded parameter trainable
+        if output_loading_info:
+            return loaded
+        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        faults = [f"lacks {len(missing)} tensors, among them {missing[0]}"] if missing else []
+        faults += [f"has {len(unknown)} unknown tensors, among them {unknown[0]}"] if unknown else []
+        faults += [
+            f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+        ][:1]
+        if faults:
+            raise OlaError(f"{args[0] if args else 'checkpoint'}: {'; '.join(faults)}")
+        return model
+
     @contextmanager
     def capture(self, layers: set[int]) -> Iterator[dict[int, Tensor]]:
         """Collects the hidden states after the named decoder layers (1-based) of the forward passes inside the block.
 
         The last layer's are taken after the final norm. Hooks on just these modules: nothing else is kept alive, and no
         position in a tuple of outputs can shift.
+
+        Raises:
+            OlaError: a layer that the language model has not.
         """
         decoder, hidden = self.model.language_model, {}
+        depth = self.config.llm.num_hidden_layers
+        if layers - set(range(1, depth + 1)):
+            raise OlaError(f"layers: {sorted(layers)}; expected numbers from 1 to {depth}, the number of layers")
 
         def hook(layer: int) -> Any:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -152,7 +158,6 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
 
             return keep
 
-        depth = self.config.llm.num_hidden_layers
         modules = {layer: decoder.norm if layer == depth else decoder.layers[layer - 1] for layer in layers}
         handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
         try:
@@ -160,34 +165,6 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         finally:
             for handle in handles:
                 handle.remove()
-
-    def predict(
-        self, hidden: dict[int, Tensor], layout: ImageLayout, attention_mask: Tensor | None
-    ) -> dict[str, dict[int, Tensor]]:
-        """Every predictor's output: task → layer → (n, queries, width).
-
-        Args:
-            hidden: layer → (B, L, hidden), from `capture`.
-            layout: where the images are.
-            attention_mask: (B, L) or None.
-        """
-        predictions: dict[str, dict[int, Tensor]] = {}
-        for task in self.config.task_configs:
-            keys = layout.key_mask(
-                attention_mask, task.name if task.task_tokens else None, self.config.predictors_read_text
-            )
-            predictions[task.name] = {}
-            for layer in task.layers:
-                states = layout.rows(hidden[layer])
-                queries = None
-                if task.task_tokens and task.kind == "dense":
-                    queries = self.task_tokens[task.name][None]
-                elif task.task_tokens:
-                    image = torch.arange(layout.images, device=states.device)
-                    queries = states[image[:, None], layout.columns(task.name)].mean(1, keepdim=True)
-                predictor = self.predictors[task.name].get_submodule(str(layer))
-                predictions[task.name][layer] = predictor(states, keys, queries)
-        return predictions
 
     def forward(
         self,
@@ -213,21 +190,14 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
             predict: also run the predictors on the captured layers; `predictions` of the output.
 
         Raises:
-            OlaError: incomplete image blocks, images that do not match them, `predict` without `input_ids`.
+            OlaError: incomplete image blocks, images that do not match them, `predict` without `input_ids`, arguments
+                of different lengths, sequences longer than the language model's context.
         """
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, predict)
         layout = None if input_ids is None else find_images(input_ids, self.config)
-        if inputs_embeds is None:
-            if input_ids is None or layout is None:
-                raise OlaError("forward: neither input_ids nor inputs_embeds given")
+        if inputs_embeds is None and input_ids is not None and layout is not None:
             inputs_embeds = self.embed(input_ids, layout, self.image_features(pixel_values))
-        if predict and layout is None:
-            raise OlaError("forward(predict=True): input_ids missing; they tell where the images are")
-        if predict and attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
-            raise OlaError(
-                f"attention_mask: shape {tuple(attention_mask.shape)}; "
-                f"predict=True needs the sequences' {tuple(inputs_embeds.shape[:2])}"
-            )
-        layers = {layer for task in self.config.task_configs for layer in task.layers} if predict else set()
+        layers = {layer for task in self.tasks for layer in task.layers} if predict else set()
         with self.capture(layers) as hidden:
             kwargs["return_dict"] = True
             output = super().forward(
@@ -242,6 +212,24 @@ class OlaVlmForConditionalGeneration(LlavaForConditionalGeneration):  # type: ig
         predictions = self.predict(hidden, layout, attention_mask) if predict and layout else None
         return OlaVlmOutput(**output, predictions=predictions)
 
+    def _check_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, predict: bool
+    ) -> None:
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise OlaError("forward: neither input_ids nor inputs_embeds given")
+        shape, context = tuple(given.shape[:2]), self.config.llm.max_position_embeddings
+        if predict and input_ids is None:
+            raise OlaError("forward(predict=True): input_ids missing; they tell where the images are")
+        if input_ids is not None and input_ids.shape != shape:
+            raise OlaError(f"input_ids: shape {tuple(input_ids.shape)}; expected that of the inputs_embeds, {shape}")
+        if predict and attention_mask is not None and attention_mask.shape != shape:
+            raise OlaError(
+                f"attention_mask: shape {tuple(attention_mask.shape)}; predict=True needs the sequences' {shape}"
+            )
+        if shape[1] > context:
+            raise OlaError(f"input_ids: {shape[1]} tokens; the language model's context has {context}")
+
 
 def parameter_groups(model: OlaVlmForConditionalGeneration) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The student's parameters by part: what a stage may train, named as configurations name it.
@@ -255,8 +243,3 @@ def parameter_groups(model: OlaVlmForConditionalGeneration) -> dict[str, list[tu
         part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
         groups[part].append((name, parameter))
     return groups
-
-
-def _predictor(task: TaskConfig, hidden: int) -> EmbeddingPredictor:
-    own = None if task.task_tokens else task.queries
-    return EmbeddingPredictor(hidden, task.dim, task.width, own, task.depth_mlps)

@@ -41,10 +41,14 @@ class EmbeddingPredictor(nn.Module):
         self.project_out = nn.Linear(dim, width)
         self.norm_out = nn.LayerNorm(width)
         self.linear_1, self.linear_2, self.linear_3 = (_mlp(width) if depth_mlps else None for _ in range(3))
+        self.freeze_unused()
+        self.reset_parameters()
+
+    def freeze_unused(self) -> None:
+        """``linear_2`` and ``linear_3`` want no gradient: no loss reaches them."""
         for unused in (self.linear_2, self.linear_3):
             if unused is not None:
                 unused.requires_grad_(False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """torch's own fan-in initialisation, as published; own latents N(0, 1) / √dim."""
@@ -55,7 +59,12 @@ class EmbeddingPredictor(nn.Module):
             nn.init.normal_(self.latents, std=self.latents.shape[-1] ** -0.5)
 
     def forward(self, hidden: Tensor, key_mask: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Predict.
+        """The prediction, (n, queries, width): `resample`, then ``linear_1`` where there is one."""
+        result = self.resample(hidden, key_mask, queries)
+        return result if self.linear_1 is None else self.linear_1(result)
+
+    def resample(self, hidden: Tensor, key_mask: Tensor, queries: Tensor | None = None) -> Tensor:
+        """What the resampler alone makes of the hidden states; ``linear_1..3`` all read this.
 
         Args:
             hidden: (n, L, hidden) hidden states; cast to the predictor's dtype.
@@ -74,7 +83,7 @@ class EmbeddingPredictor(nn.Module):
         latents = latents + self._attend(self.norm_hidden(x), self.norm_latents(latents), key_mask)
         latents = latents + self.mlp_down(F.gelu(self.mlp_up(self.norm_mlp(latents))))
         result: Tensor = self.norm_out(self.project_out(latents))
-        return result if self.linear_1 is None else self.linear_1(result)
+        return result
 
     def _attend(self, x: Tensor, latents: Tensor, key_mask: Tensor) -> Tensor:
         """Latents (n or 1, Q, dim) attend to x (n, L, dim), where `key_mask` allows, and to themselves: (n, Q, dim)."""

@@ -130,7 +130,7 @@ def test_choices_with_the_same_text_need_their_letter() -> None:
     assert parse_choice("(B) red", ["red", "red", "blue"]) == "B"
 
 
-def test_no_state_between_replies() -> None:
+def test_published_defect_10_no_reply_is_answered_by_the_one_before() -> None:
     assert parse_choice("(C)", FURNITURE) == "C"
     assert parse_choice("", FURNITURE) is None
 

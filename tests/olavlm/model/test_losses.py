@@ -27,11 +27,6 @@ def published(reference: Reference, case: str) -> dict[str, Tensor]:
     return {k.split("/")[1]: v for k, v in reference("losses").items() if k.split("/")[0] == case}
 
 
-def targets(values: Tensor, valid: Tensor | None = None) -> TaskTargets:
-    valid = torch.ones(len(values), dtype=torch.bool) if valid is None else valid
-    return TaskTargets(values, valid, values[valid], (valid.cumsum(0) - 1).clamp(min=0), int(valid.sum()))
-
-
 @pytest.mark.parametrize(
     ("case", "contrastive"),
     [
@@ -47,7 +42,11 @@ def test_published_numbers_where_every_image_has_a_target(reference: Reference, 
     given = published(reference, case)
     prediction, scale = given["pred"].requires_grad_(), given["logit_scale"].requires_grad_()
     losses = embedding_losses(
-        {"t": {3: tokens(prediction)}}, {"t": targets(tokens(given["target"]))}, {"t": scale}, {"t": 1.0}, contrastive
+        {"t": {3: tokens(prediction)}},
+        {"t": TaskTargets.of_batch(tokens(given["target"]))},
+        {"t": scale},
+        {"t": 1.0},
+        contrastive,
     )
     assert_close(losses.parts["t/3/smooth_l1"], given["sl1"], atol=1e-4, rtol=1e-4)
     # Recorded with its weight, 0.3 unless the case says otherwise.
@@ -62,9 +61,9 @@ def test_published_defect_2_masked_images_are_neither_anchors_nor_candidates(ref
     given = published(reference, "depth3d_mixed")
     valid = given["mask"].bool()
     scale = given["logit_scale"]
-    target = targets(given["target"], valid)
+    target = TaskTargets.of_batch(given["target"], valid)
     got = info_nce(given["pred"], target.candidates, target.index, valid, scale, target.count)
-    of_the_valid = targets(given["target"][valid])
+    of_the_valid = TaskTargets.of_batch(given["target"][valid])
     index = torch.arange(int(valid.sum()))
     alone = info_nce(given["pred"][valid], of_the_valid.candidates, index, of_the_valid.valid, scale, len(index))
     assert_close(got, alone)
@@ -108,7 +107,9 @@ def test_what_an_image_without_target_holds_does_not_matter() -> None:
         p, t, scale = prediction.clone(), target.clone(), torch.tensor([2.0], requires_grad=True)
         p[1], t[1] = fill, fill
         p.requires_grad_()
-        total = embedding_losses({"t": {1: p}}, {"t": targets(t, valid)}, {"t": scale}, {"t": 1.0}, 0.3).total
+        total = embedding_losses(
+            {"t": {1: p}}, {"t": TaskTargets.of_batch(t, valid)}, {"t": scale}, {"t": 1.0}, 0.3
+        ).total
         total.backward()
         return total.detach(), p.grad, scale.grad
 
@@ -126,7 +127,7 @@ def test_what_an_image_without_target_holds_does_not_matter() -> None:
 def test_losses_do_not_depend_on_how_the_global_batch_is_cut(valid: list[bool], cuts: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     prediction, values, scale = torch.randn(len(valid), 3, 4), torch.randn(len(valid), 3, 4), {"t": torch.tensor([1.5])}
-    whole = targets(values, torch.tensor(valid))
+    whole = TaskTargets.of_batch(values, torch.tensor(valid))
 
     def total(rows: slice) -> Tensor:
         part = TaskTargets(values[rows], whole.valid[rows], whole.candidates, whole.index[rows], whole.count)
@@ -141,9 +142,13 @@ def test_computed_in_fp32_under_autocast_and_from_bf16() -> None:
     torch.manual_seed(0)
     prediction, target = torch.randn(4, 16, 24).bfloat16(), torch.randn(4, 16, 24)
     scales, weights = {"t": torch.tensor([2.0])}, {"t": 1.0}
-    plain = embedding_losses({"t": {1: prediction.float()}}, {"t": targets(target)}, scales, weights, 0.3).total
+    plain = embedding_losses(
+        {"t": {1: prediction.float()}}, {"t": TaskTargets.of_batch(target)}, scales, weights, 0.3
+    ).total
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = embedding_losses({"t": {1: prediction}}, {"t": targets(target)}, scales, weights, 0.3).total
+        autocast = embedding_losses(
+            {"t": {1: prediction}}, {"t": TaskTargets.of_batch(target)}, scales, weights, 0.3
+        ).total
     assert autocast.dtype == torch.float32
     assert_close(autocast, plain)
 
@@ -152,14 +157,14 @@ def test_targets_carry_no_gradient() -> None:
     values = torch.randn(2, 3, 4, requires_grad=True)
     prediction = torch.randn(2, 3, 4, requires_grad=True)
     embedding_losses(
-        {"t": {1: prediction}}, {"t": targets(values)}, {"t": torch.zeros(1)}, {"t": 1.0}, 0.3
+        {"t": {1: prediction}}, {"t": TaskTargets.of_batch(values)}, {"t": torch.zeros(1)}, {"t": 1.0}, 0.3
     ).total.backward()
     assert values.grad is None
 
 
 def test_no_contrastive_part_at_weight_zero() -> None:
     losses = embedding_losses(
-        {"t": {1: torch.ones(1, 2, 3)}}, {"t": targets(torch.zeros(1, 2, 3))}, {}, {"t": 2.0}, 0.0
+        {"t": {1: torch.ones(1, 2, 3)}}, {"t": TaskTargets.of_batch(torch.zeros(1, 2, 3))}, {}, {"t": 2.0}, 0.0
     )
     assert list(losses.parts) == ["t/1/smooth_l1"]
     assert losses.total.item() == pytest.approx(1.0)  # |1 − 0| is at the knee: 1 − ½, twice
