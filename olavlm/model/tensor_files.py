@@ -27,7 +27,7 @@ LAYOUTS = (
     "pytorch_model.bin",
     "mm_projector.bin",
 )
-SHARD_BYTES = 4_000_000_000
+SHARD_BYTES = 2_000_000_000
 
 
 class TensorFiles:
