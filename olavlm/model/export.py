@@ -14,11 +14,13 @@ Whoever writes prompts without the template has to write `image_text` (``<image>
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import (
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -30,6 +32,7 @@ from transformers import (
 from olavlm.data.folder import new_folder
 from olavlm.data.images import MEAN_COLOUR
 from olavlm.errors import OlaError
+from olavlm.model.configuration import OlaVlmConfig
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
 
@@ -87,6 +90,38 @@ def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcess
     with new_folder(out) as folder:
         stock.save_pretrained(folder)
         stock_processor.save_pretrained(folder)
+
+
+def load_for_inference(folder: Path) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+    """The student in a folder as it answers and is exported: its predictors are neither built nor read.
+
+    Raises:
+        OlaError: no student there, or one with tensors missing, unknown or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise OlaError(f"{folder}: no model here, config.json is missing")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != OlaVlmConfig.model_type:
+            raise OlaError(
+                f"{folder}/config.json: model_type: {model_type!r}; expected {OlaVlmConfig.model_type!r} "
+                "(published checkpoints are converted first: python -m olavlm convert)"
+            )
+        config = OlaVlmConfig.from_pretrained(folder)
+        config.tasks = [task | {"layers": []} for task in config.tasks or []]
+        loaded: Any = OlaVlmForConditionalGeneration.from_pretrained(folder, config=config, output_loading_info=True)
+        processor = OlaVlmProcessor.from_pretrained(folder)
+    except OlaError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OlaError(f"{folder}: cannot be loaded: {reason}") from None
+    model, info = loaded
+    unknown = [name for name in info["unexpected_keys"] if not name.startswith("predictors.")]
+    for what, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
+        if names:
+            raise OlaError(f"{folder}: {len(names)} tensors {what}, among them {names[0]}")
+    return model, processor
 
 
 def image_text(processor: OlaVlmProcessor) -> str:
