@@ -8,7 +8,8 @@ pretraining saves. Teachers inside the checkpoint are dropped, each tensor with 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ HUB_FILES = ["*.json", "*.safetensors", "*.bin", "tokenizer*"]
 class Account:
     """What becomes of every tensor; the content of ``conversion.json``."""
 
-    renamed: dict[str, str] = field(default_factory=dict)  # published name → ours
-    dropped: dict[str, str] = field(default_factory=dict)  # published name → why
-    supplied: dict[str, str] = field(default_factory=dict)  # ours → the folder or hub id it comes from
-    initialised: list[str] = field(default_factory=list)  # ours, at their initial value
+    renamed: dict[str, str]  # published name → ours
+    dropped: dict[str, str]  # published name → why
+    supplied: dict[str, str]  # ours → the folder or hub id it comes from
+    initialised: list[str]  # ours, at their initial value
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def convert(
         OlaError: an unknown or missing tensor, a wrong shape, a configuration this student cannot have, or parts that
             neither the checkpoint nor the arguments hold.
     """
-    folder = _folder(checkpoint)
+    folder = _folder("checkpoint", checkpoint)
     files = TensorFiles(folder)
     published = read_config(_read_json(folder / "config.json"), files.shapes, str(folder / "config.json"))
     tower = vision_tower or published.vision_tower
@@ -95,11 +96,11 @@ def convert(
         raise OlaError(
             f"{folder}/config.json: mm_vision_tower: missing; expected a CLIP ViT, here or as --vision-tower"
         )
-    vision_config = _load(tower, AutoConfig.from_pretrained)
+    vision_config = _load("vision tower", tower, AutoConfig.from_pretrained)
     text_config, base = published.text_config, None
     if language_model and "model.embed_tokens.weight" not in files.shapes:
-        base = _folder(language_model)
-        text_config = _load(str(base), AutoConfig.from_pretrained)
+        base = _folder("language model", language_model)
+        text_config = _load("language model", str(base), AutoConfig.from_pretrained)
     tokenizer = _tokenizer(text_config, folder, base)
     config = student_config(
         published, text_config, getattr(vision_config, "vision_config", vision_config), token_ids(published, tokenizer)
@@ -219,7 +220,7 @@ def _find_tensors(
             continue
         if given is None:
             raise OlaError(f"{folder}: no language model inside; name the one it was trained with: --language-model")
-        source = _supply(str(given), {theirs: expected[theirs] for theirs in wanted})
+        source = _supply(part.replace("_", " "), str(given), {theirs: expected[theirs] for theirs in wanted})
         sources.append(source)
         supplied |= dict.fromkeys(source.names.values(), str(given))
         absent = {theirs: ours for theirs, ours in absent.items() if theirs not in wanted}
@@ -231,16 +232,16 @@ def _find_tensors(
     return sources, Account(renamed, dropped, supplied, initialised)
 
 
-def _supply(where: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> _Source:
+def _supply(part: str, where: str, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> _Source:
     """A part from the folder of a language model, or of a CLIP, whole or vision part; what else is there is left."""
-    files = TensorFiles(_folder(where))
+    files = TensorFiles(_folder(part, where))
     names = {}
     for theirs, (ours, shape) in wanted.items():
         own = theirs.removeprefix("model.vision_tower.vision_tower.")
         name = own if own in files.shapes else own.removeprefix("vision_model.")  # transformers 5 has no prefix
         if files.shapes.get(name) != shape:
             found = list(files.shapes[name]) if name in files.shapes else "missing"
-            raise OlaError(f"{where}: {own}: {found}; expected shape {list(shape)}")
+            raise OlaError(f"{part} {where}: {own}: {found}; expected shape {list(shape)}")
         names[name] = ours
     return _Source(files, names)
 
@@ -287,7 +288,7 @@ def _processor(tokenizer: Any, tower: str, config: OlaVlmConfig, published: Publ
         first = tokenizer("a").input_ids[0]
         template = chat_template(language_model, bos=first == tokenizer.bos_token_id)
     return OlaVlmProcessor(
-        _load(tower, AutoImageProcessor.from_pretrained),
+        _load("vision tower", tower, AutoImageProcessor.from_pretrained),
         tokenizer,
         view=published.view,
         image_size=image_size,
@@ -302,35 +303,38 @@ def _tokenizer(text_config: PreTrainedConfig, *folders: Path | None) -> Any | No
     for folder in folders:
         if folder and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             # Given its configuration, transformers does not look for one among types it does not know.
-            tokenizer = _load(str(folder), lambda where: AutoTokenizer.from_pretrained(where, config=text_config))
+            load = partial(AutoTokenizer.from_pretrained, config=text_config)
+            tokenizer = _load("tokenizer", str(folder), load)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             return tokenizer
     return None
 
 
-def _folder(where: str) -> Path:
+def _folder(what: str, where: str) -> Path:
     """A folder, or the files of a hub id."""
     if Path(where).is_dir():
         return Path(where)
-    return Path(_load(where, lambda hub_id: snapshot_download(hub_id, allow_patterns=HUB_FILES)))
+    return Path(_load(what, where, partial(snapshot_download, allow_patterns=HUB_FILES)))
 
 
-def _load(where: str, load: Callable[[str], Any]) -> Any:
+def _load(what: str, where: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(where)
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise OlaError(
-            f"{where}: cannot be loaded: {reason}. Expected a folder in the hub's layout, or a hub id"
+            f"{what} {where}: cannot be loaded: {reason}. Expected a folder in the hub's layout, or a hub id"
         ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         raise OlaError(f"{file}: missing") from None
     except ValueError as error:
         raise OlaError(f"{file}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise OlaError(f"{file}: not a dictionary")
     return content

@@ -67,7 +67,6 @@ PREDICTOR = {
     "mlp_down": "layers.0.1.3",
 }
 
-
 #: The published conversations: what ends a turn, what opens each, and the system text of one that has none.
 CONVERSATIONS = {
     "llama": {
@@ -233,6 +232,8 @@ def _read_task(
     """One task, as `OlaVlmConfig` takes it."""
     key = f"image_{task}"
     given = config.get(key) or {}
+    if not isinstance(given, Mapping):
+        raise OlaError(f"{where}: {key}: {given!r}; expected a dictionary")
     for name, supported in PREDICTOR_FIXED.items():
         _check(where, f"{key}.{name}", given.get(name, supported), supported)
     heads = sorted({int(m[1]) for name in shapes if (m := re.match(rf"{key}_heads\.(\d+)\.", name))})

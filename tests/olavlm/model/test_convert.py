@@ -28,7 +28,7 @@ from transformers import (
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor, build_student
 from olavlm.model.convert import assign, convert, expected_tensors, student_config, token_ids
-from olavlm.model.published import read_config
+from olavlm.model.published import chat_template, read_config
 
 NAMES = json.loads((Path(__file__).parents[2] / "data" / "published_names.json").read_text())
 TASKS = [
@@ -58,6 +58,11 @@ SETTINGS: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "transformers_version": "4.41.2",
 }
+TURNS = [
+    {"from": "human", "value": "<image>\nwhat"},
+    {"from": "gpt", "value": "this"},
+    {"from": "human", "value": "is"},
+]
 HEAD = {"depth": 1, "dim_head": 32, "num_heads": 4, "ff_mult": 1}
 BUFFERS = {
     "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -546,18 +551,32 @@ def test_the_published_conversation_is_the_chat_template(tower: str, phi3: str, 
     checkpoint = write(tmp_path / "published", publish(model, rows), settings(model, "ola", rows), phi3)
     convert(checkpoint, tmp_path / "ours", vision_tower=tower)
     processor = OlaVlmProcessor.from_pretrained(tmp_path / "ours")
-    turns = [
-        {"from": "human", "value": "<image>\nwhat"},
-        {"from": "gpt", "value": "this"},
-        {"from": "human", "value": "is"},
-    ]
-    assert processor.prompt(turns) == (
+    assert processor.prompt(TURNS) == (
         "<s><|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n<image>\nwhat<|end|>"
         "\n<|assistant|>\nthis<|end|>\n<|user|>\nis<|end|>\n<|assistant|>\n"
     )
-    assert processor.prompt([{"from": "system", "value": "red"}, turns[0]]).startswith("<s><|system|>\nred<|end|>\n")
+    assert processor.prompt([{"from": "system", "value": "red"}, *TURNS]).startswith("<s><|system|>\nred<|end|>\n")
+    _, labels = processor.encode_conversation(TURNS, max_length=100)
+    learned = processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+    assert learned == ["this", "<|end|>"]
     ends = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "ours").generation_config.eos_token_id
     assert processor.tokenizer.convert_ids_to_tokens(ends) == ["</s>", "<|end|>"]
+
+
+def test_the_published_conversation_of_llama_3(llama: str) -> None:
+    messages = [
+        {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]} for turn in TURNS
+    ]
+    text = PreTrainedTokenizerFast.from_pretrained(llama).apply_chat_template(
+        messages, chat_template=chat_template("llama", bos=False), tokenize=False, add_generation_prompt=True
+    )
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    said = [("system", system), ("user", "<image>\nwhat"), ("assistant", "this"), ("user", "is"), ("assistant", "")]
+    assert text == "<|eot_id|>".join(header.format(*one) for one in said)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +594,7 @@ def test_the_published_conversation_is_the_chat_template(tower: str, phi3: str, 
         ("aux_mode", "gen-depth-sam", "aux_mode: 'gen-depth-sam'; expected some of gen, depth, seg"),
         ("num_task_tokens", 4, "num_task_tokens: 4; the tensors say 8"),
         ("task_token_format", "text", "task_token_format: 'text'; expected 'expand_emb'"),
+        ("image_gen", "12-20", "image_gen: '12-20'; expected a dictionary"),
         ("image_gen.num_heads", 8, r"image_gen\.num_heads: 8; expected 4"),
         ("image_gen.output_dim", 99, r"image_gen\.output_dim: 99; the tensors say 12"),
         ("image_seg.num_tokens", 64, r"image_seg\.num_tokens: 64; the tensors say 16"),
@@ -640,6 +660,9 @@ def test_files_that_are_missing_damaged_or_do_not_match(
     refused(r"config\.json: missing")
     (folder / "config.json").write_text("{")
     refused(r"config\.json: not JSON")
+    (folder / "config.json").write_text("[]")
+    refused(r"config\.json: not a dictionary")
+    (folder / "config.json").write_text(json.dumps(config))
     write_index = (folder / "model.safetensors.index.json").write_text
     known = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     write_index(json.dumps({"weight_map": known | {"model.more": "model-00001-of-00002.safetensors"}}))
