@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def convert(
     if language_model and "model.embed_tokens.weight" not in files.shapes:
         base = _folder("language model", language_model)
         text_config = _load("language model", str(base), AutoConfig.from_pretrained)
-    tokenizer = _tokenizer(text_config, folder, base)
+    tokenizer = _tokenizer(text_config, [folder, base] if base else [folder])
     config = student_config(
         published, text_config, getattr(vision_config, "vision_config", vision_config), token_ids(published, tokenizer)
     )
@@ -298,16 +299,19 @@ def _processor(tokenizer: Any, tower: str, config: OlaVlmConfig, published: Publ
     )
 
 
-def _tokenizer(text_config: PreTrainedConfig, *folders: Path | None) -> Any | None:
+def _tokenizer(text_config: PreTrainedConfig, folders: list[Path]) -> Any | None:
     """The language model's tokenizer, from the first folder that has one."""
     for folder in folders:
-        if folder and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            # Given its configuration, transformers does not look for one among types it does not know.
-            load = partial(AutoTokenizer.from_pretrained, config=text_config)
-            tokenizer = _load("tokenizer", str(folder), load)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            return tokenizer
+        files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+        if not files:
+            continue
+        if files[0].name == "tokenizer.model" and find_spec("sentencepiece") is None:
+            raise OlaError(f"{files[0]}: is read by sentencepiece, missing here: pip install sentencepiece protobuf")
+        # Given its configuration, transformers does not look for one among types it does not know.
+        tokenizer = _load("tokenizer", str(folder), partial(AutoTokenizer.from_pretrained, config=text_config))
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
     return None
 
 

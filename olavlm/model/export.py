@@ -137,7 +137,8 @@ def _stock_model(model: OlaVlmForConditionalGeneration) -> LlavaForConditionalGe
     settings["text_config"].tie_word_embeddings = False
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration(LlavaConfig(**settings))
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in stock.state_dict()}
+    wanted = stock.state_dict().keys()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
     embeddings = model.get_input_embeddings().get_parameter("weight").clone()
     ids = [i for task in model.config.task_configs for i in (model.config.task_token_ids or {})[task.name]]
     embeddings[ids] = model.inserted_tokens().to(embeddings.dtype)

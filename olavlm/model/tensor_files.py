@@ -67,16 +67,13 @@ class TensorFiles:
                         yield name, tensors[name].clone()  # out of the mapped file
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors as ``save_pretrained`` lays them out, holding at most one shard in memory.
 
     Args:
         folder: gets ``model.safetensors``, or ``model-0000i-of-0000n.safetensors`` and their index.
         tensors: names and values, consumed once.
         shard_bytes: a shard ends before the tensor that would make it larger.
-
-    Returns:
-        The number of elements written.
     """
     shards: list[list[str]] = []
     waiting: dict[str, Tensor] = {}
@@ -98,7 +95,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     flush()
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return elements
+        return
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -106,7 +103,6 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_parameters": elements, "total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return elements
 
 
 def _read_index(file: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ for the number of a layer or a head. Tiny checkpoints are laid out after it by `
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,7 @@ def test_a_converted_student_computes_what_the_published_one_did(
     ]
     assert torch.equal(*replies)
     assert again.generation_config.suppress_tokens == sorted({*again.config.image_block})
+    assert again.config.llm.use_cache  # training had it off
 
 
 @pytest.mark.parametrize(
@@ -687,6 +689,16 @@ def test_a_folder_that_is_there_is_not_overwritten(
     (tmp_path / "ours" / "mine").unlink()
     convert(checkpoint, tmp_path / "ours", vision_tower=tower)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "published"]
+
+
+def test_a_sentencepiece_tokenizer_without_sentencepiece(
+    state: State, config: dict[str, Any], tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = write(tmp_path / "published", state, config)
+    (Path(checkpoint) / "tokenizer.model").touch()
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(OlaError, match=r"tokenizer\.model: is read by sentencepiece, .* pip install sentencepiece"):
+        convert(checkpoint, tmp_path / "ours", vision_tower=tower)
 
 
 def test_a_tower_that_is_none(state: State, config: dict[str, Any], llama: str, tmp_path: Path) -> None:
