@@ -3,31 +3,48 @@
 tests/data/reference_*.safetensors hold tensors recorded from its unmodified code as ``<case>/{state,in,out,…}/<name>``.
 `heads`: predictors and the gradient of the sum of the squared output. `losses`: see test_losses.py. `full_model`: one
 row (26 system tokens, an image, text; no padding) through a Llama of six layers; hidden states at every 32nd position.
+Names become ours through the converter.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from olavlm.model import EmbeddingPredictor, OlaVlmConfig, OlaVlmForConditionalGeneration, find_images
+from olavlm.model import EmbeddingPredictor, OlaVlmForConditionalGeneration, find_images
+from olavlm.model.convert import convert
+from olavlm.model.published import published_name
 
 Reference = Callable[[str], dict[str, Tensor]]
 
-PREDICTOR_NAMES = {
-    "layers.0.0.norm1.": "norm_hidden.",
-    "layers.0.0.norm2.": "norm_latents.",
-    "layers.0.0.to_q.": "to_query.",
-    "layers.0.0.to_kv.": "to_key_value.",
-    "layers.0.0.to_out.": "to_out.",
-    "layers.0.1.0.": "norm_mlp.",
-    "layers.0.1.1.": "mlp_up.",
-    "layers.0.1.3.": "mlp_down.",
-    "proj_in.": "project_in.",
-    "proj_out.": "project_out.",
+HEAD = {"depth": 1, "dim_head": 32, "num_heads": 4, "ff_mult": 1}
+#: The recorded configuration, with the second of its two layers per task.
+PUBLISHED = {
+    "model_type": "ola_llama",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_hidden_size": 48,
+    "aux_mode": "depth-seg-gen",
+    "num_task_tokens": 8,
+    "task_token_format": "expand_emb",
+    "pass_text_to_aux": True,
+    "use_contrastive": False,  # its logit scales were not kept
+    "image_gen": HEAD | {"num_tokens": 1, "output_dim": 40, "img_layer_indices": "6"},
+    "image_seg": HEAD | {"num_tokens": 576, "output_dim": 16, "seg_layer_indices": "4"},
+    "image_depth": HEAD | {"num_tokens": 576, "output_dim": 24, "depth_layer_indices": "5"},
 }
 
 
@@ -35,15 +52,12 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def predictor_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names of one predictor → ours."""
-    state = {}
-    for name, tensor in published.items():
-        name = name.removeprefix("projector.")
-        for old, new in PREDICTOR_NAMES.items():
-            name = name.replace(old, new)
-        state[name] = tensor
-    return state
+def predictor_state(predictor: EmbeddingPredictor, published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One published head's tensors under our names."""
+    head = {f"image_depth_heads.0.{name}": tensor for name, tensor in published.items()}
+    names = {name: published_name(f"predictors.depth.1.{name}", {"depth": [1]}) for name in predictor.state_dict()}
+    assert {*names.values()} == head.keys()
+    return {ours: head[theirs] for ours, theirs in names.items()}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +74,7 @@ def test_predictors_and_their_gradients(
 ) -> None:
     tensors = under(reference("heads"), f"{case}/")
     predictor = EmbeddingPredictor(64, dim, width, queries)
-    predictor.load_state_dict(predictor_state(under(tensors, "state/")))
+    predictor.load_state_dict(predictor_state(predictor, under(tensors, "state/")))
     x = tensors["in/x"].requires_grad_()
     latents = tensors["in/latents"].requires_grad_() if queries is None else None
     asked = latents.mean(1, keepdim=True) if latents is not None and case == "gen_tt" else latents
@@ -76,55 +90,24 @@ def test_predictors_and_their_gradients(
 
 
 @pytest.fixture
-def full(reference: Reference) -> tuple[OlaVlmForConditionalGeneration, dict[str, Tensor]]:
+def full(reference: Reference, tmp_path: Path) -> tuple[OlaVlmForConditionalGeneration, dict[str, Tensor]]:
+    """The recorded checkpoint, with the second of its two predictors per task, converted; and everything recorded."""
     tensors = reference("full_model")
-    text = LlamaConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
+    published, tower = tmp_path / "published", tmp_path / "tower"
+    published.mkdir()
+    state = {name.replace("_heads.1.", "_heads.0."): t for name, t in under(tensors, "A/state/").items()}
+    for unread in ("linear_2", "linear_3"):  # not kept in the recording; no prediction reads them
+        state |= {name.replace("linear_1", unread): t.clone() for name, t in state.items() if "linear_1" in name}
+    save_file(state, published / "model.safetensors")
+    (published / "config.json").write_text(json.dumps(PUBLISHED))
+    # The recording took image features from outside; any tower of 24 x 24 patches and their width will do.
     vision = CLIPVisionConfig(
         hidden_size=48, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=24, patch_size=1
     )
-    config = OlaVlmConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=-200,
-        image_seq_length=576,
-        # Published ids mark the image only; any free ids will do for the task tokens.
-        task_token_ids={"gen": range(-8, 0), "depth": range(-16, -8), "seg": range(-24, -16)},
-        tasks=[  # in the order of this recording
-            {"name": "depth", "kind": "dense", "queries": 576, "width": 24, "layers": [5], "depth_mlps": True},
-            {"name": "seg", "kind": "dense", "queries": 576, "width": 16, "layers": [4]},
-            {"name": "gen", "kind": "pooled", "queries": 1, "width": 40, "layers": [6]},
-        ],
-    )
-    model = OlaVlmForConditionalGeneration(config).eval()
-    state = {}
-    for name, tensor in under(tensors, "A/state/").items():
-        head, rest = name.split("_heads.1.") if "_heads.1." in name else ("", name)
-        if head:
-            task = head.removeprefix("image_")
-            layer = {"gen": 6, "depth": 5, "seg": 4}[task]
-            state |= {f"predictors.{task}.{layer}.{k}": v for k, v in predictor_state({rest: tensor}).items()}
-        elif name.startswith("model.special_"):
-            state["task_tokens." + name.removeprefix("model.special_").removesuffix("_tokens")] = tensor
-        elif name.startswith("model.mm_projector."):
-            number, part = name.split(".")[2:]
-            state[f"model.multi_modal_projector.linear_{ {'0': 1, '2': 2}[number] }.{part}"] = tensor
-        elif name.startswith("model."):
-            state["model.language_model." + name.removeprefix("model.")] = tensor
-        else:
-            state[name] = tensor
-    left = model.load_state_dict(state, strict=False)
-    assert not left.unexpected_keys
-    assert all(key.startswith(("model.vision_tower", "logit_scales")) or ".linear_" in key for key in left.missing_keys)
-    return model, tensors
+    CLIPVisionModel(vision).save_pretrained(tower)
+    account = convert(str(published), tmp_path / "ours", vision_tower=str(tower))
+    assert account.renamed.keys() == state.keys()
+    return OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "ours").eval(), tensors
 
 
 @torch.no_grad()
