@@ -23,7 +23,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from olavlm.data.folder import new_folder
 from olavlm.errors import OlaError
 from olavlm.model.configuration import OlaVlmConfig
-from olavlm.model.modeling import PARTS, LogitScales, OlaVlmForConditionalGeneration
+from olavlm.model.distill import LogitScales
+from olavlm.model.modeling import PARTS, OlaVlmForConditionalGeneration
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
 from olavlm.model.published import (
     CONVERSATIONS,
