@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 from olavlm.data.folder import new_folder
 from olavlm.errors import OlaError
 from olavlm.model.configuration import OlaVlmConfig
-from olavlm.model.distill import LogitScales
 from olavlm.model.modeling import PARTS, OlaVlmForConditionalGeneration
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
 from olavlm.model.published import (
@@ -39,6 +38,9 @@ from olavlm.model.tensor_files import SHARD_BYTES, TensorFiles, write_tensors
 
 #: The published id of an image in the text. Where there is no tokenizer, task tokens get the ids below it.
 PUBLISHED_IMAGE_ID = -200
+
+#: What training starts from, published and here.
+INITIAL_LOGIT_SCALE = 2.0
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
@@ -259,10 +261,8 @@ def _student_tensors(
                 new = config.llm.vocab_size - tensor.shape[0]
                 tensor = torch.cat([tensor, tensor.float().mean(0).to(tensor.dtype).expand(new, -1)])
             yield name, tensor.reshape(1) if name.startswith("logit_scales.") else tensor
-    scales = LogitScales({name.partition(".")[2]: torch.empty(1) for name in initialised})
-    scales.reset_parameters()
-    for name, scale in scales.items():
-        yield f"logit_scales.{name}", scale.detach().to(config.dtype)
+    for name in initialised:
+        yield name, torch.full((1,), INITIAL_LOGIT_SCALE, dtype=config.dtype)
 
 
 def _generation_config(folder: Path, config: OlaVlmConfig, tokenizer: Any | None) -> GenerationConfig:
