@@ -262,7 +262,7 @@ def _student_tensors(
                 tensor = torch.cat([tensor, tensor.float().mean(0).to(tensor.dtype).expand(new, -1)])
             yield name, tensor.reshape(1) if name.startswith("logit_scales.") else tensor
     for name in initialised:
-        yield name, torch.full((1,), INITIAL_LOGIT_SCALE).to(config.dtype)  # type: ignore[arg-type]
+        yield name, torch.full((1,), INITIAL_LOGIT_SCALE).to(config.dtype)
 
 
 def _generation_config(folder: Path, config: OlaVlmConfig, tokenizer: Any | None) -> GenerationConfig:
