@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
     def __init__(self, config: OlaVlmConfig) -> None:
         super().__init__(config)
         self.add_stack(config.task_configs, config.llm.hidden_size, config.predictors_read_text)
+        self._captures: list[tuple[set[int], dict[int, Tensor]]] = []  # what is being collected, innermost last
+        self._hooked: dict[int, nn.Module] = {}
+        self._listen({layer for task in self.tasks for layer in task.layers})
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -147,24 +151,31 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         Raises:
             OlaError: a layer that the language model has not.
         """
-        decoder, hidden = self.model.language_model, {}
         depth = self.config.llm.num_hidden_layers
         if layers - set(range(1, depth + 1)):
             raise OlaError(f"layers: {sorted(layers)}; expected numbers from 1 to {depth}, the number of layers")
-
-        def hook(layer: int) -> Any:
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                hidden[layer] = output[0] if isinstance(output, tuple) else output
-
-            return keep
-
-        modules = {layer: decoder.norm if layer == depth else decoder.layers[layer - 1] for layer in layers}
-        handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
+        self._listen(layers)
+        hidden: dict[int, Tensor] = {}
+        self._captures.append((layers, hidden))
         try:
             yield hidden
         finally:
-            for handle in handles:
-                handle.remove()
+            self._captures.pop()
+
+    def _listen(self, layers: set[int]) -> None:
+        """Hook these layers once and for all: a compiled graph would not notice hooks that come and go."""
+        decoder = self.model.language_model
+        for layer in layers:
+            last = layer == self.config.llm.num_hidden_layers
+            module = decoder.norm if last else decoder.layers[layer - 1]
+            if self._hooked.get(layer) is not module:
+                self._hooked[layer] = module
+                module.register_forward_hook(partial(self._keep, layer))
+
+    def _keep(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        for layers, hidden in self._captures:
+            if layer in layers:
+                hidden[layer] = output[0] if isinstance(output, tuple) else output
 
     def forward(
         self,
