@@ -14,7 +14,16 @@ from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval.cv_bench import build_prompt
-from pipelines.demo_world.language import DESCRIBE, TASKS, Question, caption, layout, questions, text_only
+from pipelines.demo_world.language import (
+    DESCRIBE,
+    TASKS,
+    Question,
+    caption,
+    layout,
+    questions,
+    segment_names,
+    text_only,
+)
 from pipelines.demo_world.matching import deal, evenly, matched
 from pipelines.demo_world.places import WHERE, places
 from pipelines.demo_world.processes import CHUNK, in_processes
@@ -136,7 +145,7 @@ def _tell_one(split: str, seed: int, level: str, index: int) -> Told:
     scene = sample_scene(scene_seed(split, index, seed), LEVELS[level])
     rendering = render(scene)
     rng = np.random.Generator(np.random.PCG64([scene.seed, 2]))
-    cells = layout(scene, rendering)
+    told = places(layout(rendering.panoptic, segment_names(scene, rendering)), rng)
     stream = io.BytesIO()
     Image.fromarray(rendering.image).save(stream, "PNG")
     return Told(
@@ -144,7 +153,7 @@ def _tell_one(split: str, seed: int, level: str, index: int) -> Told:
         png=stream.getvalue(),
         caption=_describe(scene, rng),
         questions=questions(scene, rendering, rng),
-        places=_exchange(WHERE, places(cells, rng)) if any(" " in cell for cell in cells) else [],
+        places=_exchange(WHERE, told) if told else [],
         scene=scene,
         rendering=rendering,
     )

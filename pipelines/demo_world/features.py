@@ -17,7 +17,7 @@ from featurize import teachers
 from featurize.teachers.base import Teacher
 from olavlm.config import load_pipeline
 from olavlm.data import codec
-from pipelines.demo_world import train_clip, train_segmentation
+from pipelines.demo_world import clip, train_segmentation
 from pipelines.demo_world.probes import Array, Labels
 from pipelines.demo_world.samples import Samples
 from pipelines.demo_world.solids import SHAPES
@@ -73,7 +73,7 @@ def tower_features(folder: Path, data: Samples) -> tuple[Array, Array]:
     model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
     patches, pooled = [], []
     for rows in np.array_split(np.arange(len(data.images)), -(-len(data.images) // BATCH)):
-        out = model(data.pixels(rows, train_clip.MEAN, train_clip.STD), output_hidden_states=True)
+        out = model(data.pixels(rows, clip.MEAN, clip.STD), output_hidden_states=True)
         patches.append(out.hidden_states[-2][:, 1:])
         pooled.append(out.pooler_output)
     return torch.cat(patches).double().numpy(), torch.cat(pooled).double().numpy()

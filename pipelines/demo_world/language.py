@@ -1,14 +1,17 @@
 """What can be said and asked about a scene: captions, CV-Bench's four tasks, conversations.
 
-Captions speak of colours, shapes, order from left to right and surfaces, never of depth: else there would be nothing
+Captions speak of colours, shapes, order across the image and surfaces, never of depth: else there would be nothing
 to distil.
 """
 
 import itertools
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.demo_world.scenes import Rendering, Scene
 from pipelines.demo_world.solids import SHAPES
@@ -52,6 +55,7 @@ class Question:
     answer: int  # index into choices
     scene: int  # seed of the scene it is about
     views: tuple[View, ...] = ()  # of the objects named: left, top, right, bottom of what shows, 1 if on a pedestal
+    counted: tuple[str, ...] = ()  # colours of what is counted, from left to right
 
     @property
     def text(self) -> str:
@@ -64,12 +68,18 @@ class Question:
         return f"({LETTERS[self.answer]})"
 
     @property
-    def reply(self) -> str:
-        """The answer as a student is taught to give it: ``left (A)``.
+    def words(self) -> str:
+        """The answer in words: ``left``; of a number, first what is counted: ``red blue: 2``."""
+        said = self.choices[self.answer]
+        return f"{' '.join(self.counted) or 'none'}: {said}" if self.task == "Count" else said
 
-        In words first: to find the answer and, in the same step, which letter it has is more than a small model learns.
+    @property
+    def reply(self) -> str:
+        """The answer as a student is taught to give it: ``left (A)``, ``red blue: 2 (C)``.
+
+        Step by step: to find the answer and, in the same step, which letter it has is more than a small model learns.
         """
-        return f"{self.choices[self.answer]} {self.letter}"
+        return f"{self.words} {self.letter}"
 
     @property
     def prompt(self) -> str:
@@ -92,12 +102,12 @@ class Question:
 
 
 def caption(scene: Scene, rng: Rng) -> str:
-    """One of several phrasings; names every object once, from left to right, or tells their places in pairs."""
+    """One of several phrasings; names every object once, in order, or tells their places in pairs."""
     places = scene.camera.project(np.stack([item.solid.centre for item in scene.objects]))
-    order = places[:, 0].argsort().tolist()
+    style = int(rng.integers(7))
+    order = places[:, int(style == 6)].argsort().tolist()
     names = [scene.objects[i].name for i in order]
     things = [_article(scene.objects[i].name) + (" on a pedestal" if scene.objects[i].pedestal else "") for i in order]
-    style = int(rng.integers(6))
     if style == 0:
         text = f"From left to right: {_join(things)}."
     elif style == 1:
@@ -109,6 +119,8 @@ def caption(scene: Scene, rng: Rng) -> str:
         text = f"There is {_join(things)}. " + " ".join(pairs)
     elif style == 4:
         text = f"From right to left: {_join(things[::-1])}."
+    elif style == 6:
+        text = f"From top to bottom: {_join(things)}."
     else:
         counts = [(NUMBERS[n], s) for s in SHAPES if (n := sum(o.solid.shape == s for o in scene.objects))]
         text = f"There are {_join([f'{n} {s if n == NUMBERS[1] else plural(s)}' for n, s in counts])}: {_join(things)}."
@@ -175,11 +187,21 @@ class _Asker:
 
     def count(self) -> list[Question]:
         """How many of a shape (0 to 3), how many objects: always the same four choices, so that text tells nothing."""
-        shapes = [(plural(s), sum(o.solid.shape == s for o in self.scene.objects), 0) for s in SHAPES]
+        objects = [self.scene.objects[i] for i in np.argsort([view[0] + view[2] for view in self.views])]
+        shapes = [(plural(s), tuple(o.colour for o in objects if o.solid.shape == s), 0) for s in SHAPES]
+        everything = ("objects", tuple(o.colour for o in objects), self.scene.level.objects[0])
         return [
-            Question("Count", what, (what,), tuple(str(least + i) for i in range(4)), number - least, self.scene.seed)
-            for what, number, least in [*shapes, ("objects", len(self.scene.objects), self.scene.level.objects[0])]
-            if least <= number < least + 4
+            Question(
+                "Count",
+                what,
+                (what,),
+                tuple(str(least + i) for i in range(4)),
+                len(found) - least,
+                self.scene.seed,
+                counted=found,
+            )
+            for what, found, least in [*shapes, everything]
+            if least <= len(found) < least + 4
         ]
 
     def relation(self, a: int, b: int) -> list[Question]:
@@ -232,22 +254,30 @@ def text_only(rng: Rng) -> tuple[str, str]:
     )
 
 
-def layout(scene: Scene, rendering: Rendering) -> list[str]:
-    """The image as a map in words, ``LAYOUT × LAYOUT`` cells in reading order: what each shows most of.
-
-    An object (``red sphere``) wins a cell of which it fills a quarter. No depth is in it.
-    """
-    words = {
+def segment_names(scene: Scene, rendering: Rendering) -> dict[int, str]:
+    """What every segment shows, by id: ``red sphere``, ``pedestal``, ``floor``, ``wall``."""
+    return {
         s.id: s.category if s.object is None or s.category == "pedestal" else scene.objects[s.object].name
         for s in rendering.segments
     }
-    side = len(rendering.panoptic) // LAYOUT
-    cells = rendering.panoptic.reshape(LAYOUT, side, LAYOUT, side).swapaxes(1, 2).reshape(LAYOUT**2, side**2)
-    filled = np.stack([(cells == id).sum(axis=1) for id in words], axis=1)
-    objects = np.array([" " in word for word in words.values()])
+
+
+def layout(panoptic: NDArray[np.integer[Any]], names: Mapping[int, str]) -> list[str]:
+    """The image as a map in words, ``LAYOUT × LAYOUT`` cells in reading order: what each shows most of.
+
+    An object wins a cell of which it fills a quarter. No depth is in it.
+
+    Args:
+        panoptic: segment ids (side, side).
+        names: as of `segment_names`.
+    """
+    side = len(panoptic) // LAYOUT
+    cells = panoptic.reshape(LAYOUT, side, LAYOUT, side).swapaxes(1, 2).reshape(LAYOUT**2, side**2)
+    filled = np.stack([(cells == id).sum(axis=1) for id in names], axis=1)
+    objects = np.array([" " in name for name in names.values()])
     most = np.where(objects & (filled >= side**2 / 4), filled + side**2, filled).argmax(axis=1)
-    names = list(words.values())
-    return [names[i] for i in most]
+    found = list(names.values())
+    return [found[i] for i in most]
 
 
 def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:

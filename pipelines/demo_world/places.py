@@ -24,10 +24,16 @@ def places(cells: Sequence[str], rng: Rng) -> str:
     of the middle of the cells that show an object.
 
     Args:
-        cells: `language.layout`, in which some cell shows an object.
+        cells: `language.layout`.
+        rng: in which order and of which pairs it is told.
+
+    Returns:
+        Empty if no cell shows an object.
     """
     shown = np.array(cells)
     found = sorted({cell for cell in cells if " " in cell})
+    if not found:
+        return ""
     colours = [name.split()[0] for name in found]
     middles = {}
     for name, colour in zip(found, colours, strict=True):

@@ -11,13 +11,14 @@ from pathlib import Path
 from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
 
 from pipelines.demo_world import (
+    clip,
     hub,
-    train_clip,
     train_cues,
     train_depth,
     train_generation,
     train_language,
     train_segmentation,
+    train_tower,
 )
 from pipelines.demo_world.build import Told
 from pipelines.demo_world.cues import THREE_D
@@ -90,19 +91,19 @@ def generation_teacher(material: Material, steps: int, seed: int, folder: Path) 
     encoder.vision_model.load_state_dict(model.vision_model.state_dict())
     encoder.visual_projection.load_state_dict(model.visual_projection.state_dict())
     hub.save(encoder, folder / "image_encoder")
-    hub.write_processor(folder / "feature_extractor", hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, words, material.judge, whole=True)}
+    hub.write_processor(folder / "feature_extractor", hub.clip_processor(SIZE, clip.MEAN, clip.STD))
+    return {"recall_at_1_of_256": clip.recall(model, words, material.judge, whole=True)}
 
 
 def student_tower(material: Material, steps: int, seed: int, folder: Path) -> Numbers:
     """The student's CLIP tower."""
-    model, words = train_clip.train("student", material.train, steps, whole=False, seed=seed)
+    model, words = train_tower.train(material.train, steps, seed=seed)
     model.half().float()  # type: ignore[no-untyped-call]  # measured as it is stored
     tower = CLIPVisionModel(model.vision_model.config)
     tower.load_state_dict(model.vision_model.state_dict())
     hub.save(tower, folder)
-    hub.write_processor(folder, hub.clip_processor(SIZE, train_clip.MEAN, train_clip.STD))
-    return {"recall_at_1_of_256": train_clip.recall(model, words, material.judge, whole=False)}
+    hub.write_processor(folder, hub.clip_processor(SIZE, clip.MEAN, clip.STD))
+    return {"recall_at_1_of_256": clip.recall(model, words, material.judge, whole=False)}
 
 
 def language_model(material: Material, steps: int, seed: int, folder: Path) -> Numbers:

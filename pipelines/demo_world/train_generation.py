@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from pipelines.demo_world.clip import MEAN, PHRASINGS, STD, TEXT_LENGTH, WIDTH, build, captions, contrast, cut, encode
 from pipelines.demo_world.samples import Samples, fit
 from pipelines.demo_world.scenes import COLOURS, PATTERNS, Scene
 from pipelines.demo_world.solids import SHAPES
-from pipelines.demo_world.train_clip import MEAN, PHRASINGS, STD, TEXT_LENGTH, WIDTH, build, captions, encode
 from pipelines.demo_world.words import tokenizer, vocabulary
+
+READING = 4  # weight of what the linear head reads: as large a share of the clipped gradient as the contrast
 
 
 def objects(scene: Scene) -> list[int]:
@@ -37,22 +39,16 @@ def train(data: Samples, steps: int, batch: int = 64, seed: int = 0) -> tuple[CL
     model = build(words).train()
     reader = nn.Linear(WIDTH, len(COLOURS) + len(SHAPES) + 2 * len(PATTERNS))
     texts = encode(told, words).view(PHRASINGS, len(data.scenes), TEXT_LENGTH)
+    pad = words.pad_token_id
     counts = torch.tensor([objects(scene) for scene in data.scenes], dtype=torch.float32)
     surfaces = torch.tensor([patterns(scene) for scene in data.scenes])
 
     def loss(rows: NDArray[np.int64]) -> Tensor:
-        ids = texts[int(rows[0]) % PHRASINGS, rows]
-        mask = (ids != words.pad_token_id).long()
-        longest = int(mask.sum(1).max())
         images = model.get_image_features(pixel_values=data.pixels(rows, MEAN, STD)).pooler_output
-        said = model.get_text_features(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).pooler_output
-        cosines = F.normalize(images, dim=-1) @ F.normalize(said, dim=-1).T
-        logits = model.logit_scale.exp().clamp(max=100) * cosines
-        own = torch.arange(len(rows))
-        contrast = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         number, kind = reader(images).split([counts.shape[1], 2 * len(PATTERNS)], dim=1)
-        read = F.cross_entropy(kind.view(-1, len(PATTERNS), 2), surfaces[rows])
-        return contrast + read + 4 * F.mse_loss(number, counts[rows])
+        read = F.cross_entropy(kind.view(-1, len(PATTERNS), 2), surfaces[rows]) + F.mse_loss(number, counts[rows])
+        ids = cut(texts[int(rows[0]) % PHRASINGS, rows], pad)
+        return contrast(model, images, ids, pad) + READING * read
 
     fit("gen", [*model.parameters(), *reader.parameters()], loss, len(data.images), batch, steps, lr=1e-3, seed=seed)
     return model.eval(), words

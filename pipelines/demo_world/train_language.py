@@ -21,7 +21,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
-from pipelines.demo_world.language import DESCRIBE, LAYOUT, LETTERS, Question, deal_letters, layout, text_only
+from pipelines.demo_world.language import (
+    DESCRIBE,
+    LAYOUT,
+    LETTERS,
+    Question,
+    deal_letters,
+    layout,
+    segment_names,
+    text_only,
+)
 from pipelines.demo_world.places import WHERE, places
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
@@ -70,15 +79,14 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     chats: dict[str, list[Chat]] = {"places": [], "text": [], "captions": [], "short": [], "lettered": []}
-    maps = [layout(t.scene, t.rendering) for t in told]
+    maps = [layout(t.rendering.panoptic, segment_names(t.scene, t.rendering)) for t in told]
     flat: list[tuple[int, Question]] = []  # with the scene it is about; at random, but scene by scene
     for number, t in enumerate(told):
         ask, answer = (turn["value"] for turn in t.caption)
         described = [(ask.removeprefix("<image>\n"), answer)]
-        if any(" " in cell for cell in maps[number]):
-            where = (WHERE, places(maps[number], rng))
-            chats["places"].append(_chat(maps[number], [where], rng))
-            described.append(where)
+        if where := places(maps[number], rng):
+            chats["places"].append(_chat(maps[number], [(WHERE, where)], rng))
+            described.append((WHERE, where))
         chats["captions"].append(_chat(maps[number], described, rng))  # as in pretraining
         # Most shapes are absent from most scenes: "none" would be the answer most of the time.
         mine = [q for q in t.questions if q.task == "Relation" or (q.task == "Count" and _some(q, rng))]
@@ -88,7 +96,7 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
         asked = list(rows)
         brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
-        found = [(f"Which is {_answer(dealt[i])}? {_options(dealt[i])}", dealt[i].reply) for i in asked[:SHORT]]
+        found = [(f"Which is {_answer(dealt[i])}? {_options(dealt[i])}", _chosen(dealt[i])) for i in asked[:SHORT]]
         found.insert(int(rng.integers(len(found) + 1)), text_only(rng))
         chats["text"].append(Chat((), 0, tuple(found)))
         pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].reply) for i in asked[-LONG:]]
@@ -102,6 +110,10 @@ def _some(question: Question, rng: Rng) -> bool:
 
 def _answer(question: Question) -> str:
     return question.choices[question.answer]
+
+
+def _chosen(question: Question) -> str:
+    return f"{_answer(question)} {question.letter}"
 
 
 def _chat(seen: list[str], pairs: list[tuple[str, str]], rng: Rng) -> Chat:
@@ -120,7 +132,7 @@ def _brief(question: Question, lettered: bool) -> tuple[str, str]:
         return f"{ask} {_options(question)}", question.reply
     if question.task == "Relation":
         ask = f"{ask.removesuffix('?')}, {' or '.join(choices)}?"
-    return ask, _answer(question)
+    return ask, question.words
 
 
 def _options(question: Question) -> str:

@@ -90,8 +90,10 @@ def test_finetuning_rows_ask_as_the_benchmark_does(finetune: Path) -> None:
                 continue
             question, *_ = asked.split(f"\n{cv_bench.SUFFIX}")
             assert cv_bench.build_prompt(question) == f"<image>\n{asked}"
-            choice, letter = gpt["value"].rsplit(" ", 1)
+            said, letter = gpt["value"].rsplit(" ", 1)
+            choice = said.rsplit(": ", 1)[-1]
             assert f"\n{letter} {choice}" in human["value"], "an answer is one of the choices, in words and by letter"
+            assert (choice != said) == ("How many" in asked), "of a number, first what is counted"
             assert parse_choice(gpt["value"], re.findall(r"\n\(\w\) (.+)", human["value"])) == letter[1]
     for row in rows:
         if "image" not in row:

@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,19 @@ def test_prompt_is_laid_out_as_the_benchmark_does() -> None:
     question = Question("Count", "cones", ("cones",), ("2", "0"), 1, scene=0)
     assert question.prompt == "How many cones are in the image? Select from the following choices.\n(A) 2\n(B) 0"
     assert question.letter == "(B)"
-    assert question.reply == "0 (B)"
+    assert question.reply == "none: 0 (B)"
+    assert replace(question, answer=0, counted=("red", "blue")).reply == "red blue: 2 (A)"
+
+
+def test_what_is_counted_is_named_from_left_to_right(seen: Seen, asked: list[Question]) -> None:
+    scenes = {scene.seed: (scene, rendering) for scene, rendering in seen}
+    for question in (q for q in asked if q.task == "Count"):
+        scene, rendering = scenes[question.scene]
+        boxes = {i: box for i in range(len(scene.objects)) if (box := rendering.box(i))}
+        order = sorted(boxes, key=lambda i: boxes[i][0] + boxes[i][2])
+        of_kind = [i for i in order if question.kind in ("objects", plural(scene.objects[i].solid.shape))]
+        assert question.counted == tuple(scene.objects[i].colour for i in of_kind)
+        assert len(question.counted) == int(question.choices[question.answer])
 
 
 def test_letters_are_dealt_evenly_and_keep_the_answer(asked: list[Question]) -> None:
