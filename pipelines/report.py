@@ -22,7 +22,7 @@ from pipelines.results import duration, print_summary, read_json, read_lines, su
 from pipelines.see import READ, load_student, look, open_sources
 
 PICTURES = 6
-SEEN = 3  # images shown as the layers see them
+SEEN = 2  # images shown as the layers see them
 SEE_NOTHING = ("chance", "blind")  # baselines; all others know something of the picture, but no depth
 TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 from yaml import YAMLError
 
 from featurize import teachers
@@ -141,6 +142,7 @@ def load_student(folder: Path) -> Student:
     Raises:
         OlaError: no student there, or one that predicts nothing.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model, processor = load_for_inference(folder, predictors=True)
     if not any(task.layers for task in model.config.task_configs):
         others = [path.parent for path in sorted(folder.resolve().parent.parent.glob("*/model/config.json"))]
@@ -244,12 +246,12 @@ def _add_maps(shown: TaskView, teacher: Teacher) -> None:
             + ("" if unit or not teacher.depth_sign else " Depth is relative: the numbers have no unit.")
         )
     else:
-        notes = [f"{float((one == target).float().mean()):.0%} as the target's" for one in predicted]
+        notes = [f"mIoU {_mean_iou(one, target):.3f} to the target's" for one in predicted]
         pictures = [draw_labels(one) for one in maps]
-        for label in maps.unique().tolist():
+        for label in sorted(set(maps.flatten().tolist())):
             red, green, blue = label_colour(label)
             shown.classes[teacher.labels.get(label, f"label {label}")] = f"rgb({red} {green} {blue})"
-        shown.notes.append("Classes by the teacher's own decoder, from features as coarse as the grid.")
+        shown.notes.append("Maps by the teacher's own decoder. mIoU: mean over the classes in the target's map.")
     tiles = [Tile(picture, note) for picture, note in zip(pictures, ["", *notes], strict=True)]
     shown.rows.append(Row("decoded map", tiles, smooth=maps.dtype.is_floating_point))
 
@@ -268,7 +270,7 @@ def _add_nearest(shown: TaskView, gallery: Gallery, view: View) -> None:
     found = [gallery.nearest(column.features, NEAREST) for column in shown.columns]
     for rank, ranked in enumerate(zip(*found, strict=True)):
         tiles = [
-            Tile(show_image(read_image(gallery.job, stored), view), f"{stored.entry['key']}, cosine {close:.3f}")
+            Tile(show_image(read_image(gallery.job, stored), view), f"cosine {close:.3f}, {stored.entry['key']}")
             for stored, close in ranked
         ]
         shown.rows.append(Row(("nearest", "second", "third")[rank], tiles, smooth=True))
@@ -350,3 +352,9 @@ def _predicts(folder: Path) -> bool:
         return any(task.layers for task in OlaVlmConfig.from_pretrained(folder).task_configs)
     except (OlaError, OSError, ValueError):
         return False
+
+
+def _mean_iou(labels: Tensor, target: Tensor) -> float:
+    """Intersection over union of two maps (H, W), averaged over the labels of the target."""
+    shares = [((labels == a) & (target == a)).sum() / ((labels == a) | (target == a)).sum() for a in set(target.flatten().tolist())]
+    return float(torch.stack(shares).mean())
