@@ -58,7 +58,7 @@ def draw_labels(labels: Tensor) -> Picture:
 def label_colour(label: int) -> tuple[int, int, int]:
     """The RGB of a label, the same in every picture: hues a golden angle apart, in changing strength and brightness."""
     hue = (0.58 + label * 0.618034) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, (0.45, 0.75, 0.6)[label % 3], (0.93, 0.8, 0.55, 0.7)[label % 4])
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.45, 0.75, 0.6)[label % 3], (0.93, 0.8, 0.55, 0.7, 0.85)[label % 5])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

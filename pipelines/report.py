@@ -149,7 +149,7 @@ def _layers(config: PipelineConfig) -> tuple[dict[str, Any], str]:
         return {}, "no stage of this pipeline has embedding losses"
     folder = runs.stage_dir(config, stage) / "model"
     if not folder.is_dir():
-        return {}, f"stage {stage} has not finished"
+        return {}, f"no model in {folder} yet"
     held_out = config.probe is not None and config.probe.data not in config.stages[stage].data
     try:
         student = load_student(folder)

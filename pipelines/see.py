@@ -4,6 +4,7 @@ No architecture is known here. The student predicts, the teacher encodes and dec
 images have similar targets.
 """
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,9 @@ def see(
     page = render("see.html.j2", image=file.name, model=str(folder), read=READ, views=views)
     try:
         replace(path, page.encode())
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the command line has its own words for a full disk
         raise OlaError(f"{path}: cannot be written ({error.strerror}); name another file with --out") from None
     return path
 
@@ -302,7 +305,7 @@ def _open_source(
         _ = teacher.model  # now, not in the middle of drawing
     except (OlaError, OSError, SafetensorError) as error:
         teacher = None
-        missing.append(f"No target and no map: {str(error).strip().splitlines()[0]}.")
+        missing.append(f"No target and no map: {str(error).strip().splitlines()[0].rstrip('.')}.")
     if task.kind == "pooled":
         try:
             gallery = _open_gallery(task.name, config, data, corpus)
@@ -356,5 +359,8 @@ def _predicts(folder: Path) -> bool:
 
 def _mean_iou(labels: Tensor, target: Tensor) -> float:
     """Intersection over union of two maps (H, W), averaged over the labels of the target."""
-    shares = [((labels == a) & (target == a)).sum() / ((labels == a) | (target == a)).sum() for a in set(target.flatten().tolist())]
+    shares = [
+        ((labels == a) & (target == a)).sum() / ((labels == a) | (target == a)).sum()
+        for a in set(target.flatten().tolist())
+    ]
     return float(torch.stack(shares).mean())
