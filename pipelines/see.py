@@ -171,7 +171,7 @@ def open_sources(
         corpus: a corpus and its store, to be used instead.
 
     Raises:
-        OlaError: a teacher whose features are not what is predicted; no pooled targets in `corpus`.
+        OlaError: features that are no square grid, or not those of the teacher; no pooled targets in `corpus`.
     """
     tasks = [task for task in model.config.task_configs if task.layers]
     if corpus and not any(task.kind == "pooled" for task in tasks):
@@ -229,34 +229,37 @@ def _view(
 
 
 def _add_maps(shown: TaskView, teacher: Teacher) -> None:
-    """The row of maps that the teacher's own head makes of target and predictions, and what their colours mean."""
+    """The row of maps that the teacher's own head makes of the target, which comes first, and of the predictions."""
     maps = teacher.decode(torch.stack([column.features for column in shown.columns]))
     if maps is None:
         return
-    maps = maps.cpu()
-    target, *predicted = maps
-    if maps.dtype.is_floating_point:
-        scale = Scale.of(target, teacher.depth_sign == "larger_is_farther")
-        notes = [f"off by {scale.distance(one, target):.0%} of the range" for one in predicted]
-        pictures = [scale.draw(one) for one in maps]
-        unit = f" {teacher.depth_unit}" if teacher.depth_unit else ""
-        far, near = ("far ", "near ") if teacher.depth_sign else ("", "")
-        shown.bar.update(
-            colours=scale.bar(), dark=f"{far}{scale.dark:.3g}{unit}", bright=f"{near}{scale.bright:.3g}{unit}"
-        )
-        shown.notes.append(
-            "Maps by the teacher's own head, all on the scale of the target's 2nd to 98th percentile."
-            + ("" if unit or not teacher.depth_sign else " Depth is relative: the numbers have no unit.")
-        )
-    else:
-        notes = [f"mIoU {_mean_iou(one, target):.3f} to the target's" for one in predicted]
-        pictures = [draw_labels(one) for one in maps]
-        for label in sorted(set(maps.flatten().tolist())):
-            red, green, blue = label_colour(label)
-            shown.classes[teacher.labels.get(label, f"label {label}")] = f"rgb({red} {green} {blue})"
-        shown.notes.append("Maps by the teacher's own decoder. mIoU: mean over the classes in the target's map.")
-    tiles = [Tile(picture, note) for picture, note in zip(pictures, ["", *notes], strict=True)]
-    shown.rows.append(Row("decoded map", tiles, smooth=maps.dtype.is_floating_point))
+    smooth = maps.dtype.is_floating_point
+    target, *predicted = (_draw_values if smooth else _draw_labels)(shown, maps.cpu(), teacher)
+    shown.rows.append(Row("decoded map", [Tile(target.picture), *predicted], smooth))
+
+
+def _draw_values(shown: TaskView, maps: Tensor, teacher: Teacher) -> list[Tile]:
+    """Float maps (n, H, W) on the scale of the first, and that scale as a bar of colours."""
+    scale = Scale.of(maps[0], teacher.depth_sign == "larger_is_farther")
+    unit = f" {teacher.depth_unit}" if teacher.depth_unit else ""
+    far, near = ("far ", "near ") if teacher.depth_sign else ("", "")
+    shown.bar |= {
+        "colours": scale.bar(),
+        "dark": f"{far}{scale.dark:.3g}{unit}",
+        "bright": f"{near}{scale.bright:.3g}{unit}",
+    }
+    relative = "" if unit or not teacher.depth_sign else " Depth is relative: the numbers have no unit."
+    shown.notes.append(f"Maps by the teacher's own head, on the target's 2nd to 98th percentile.{relative}")
+    return [Tile(scale.draw(one), f"off by {scale.distance(one, maps[0]):.0%} of the range") for one in maps]
+
+
+def _draw_labels(shown: TaskView, maps: Tensor, teacher: Teacher) -> list[Tile]:
+    """Maps of labels (n, H, W), and the names of all labels in them."""
+    for label in sorted(set(maps.flatten().tolist())):
+        red, green, blue = label_colour(label)
+        shown.classes[teacher.labels.get(label, f"label {label}")] = f"rgb({red} {green} {blue})"
+    shown.notes.append("Maps by the teacher's own decoder. mIoU: mean over the classes in the target's map.")
+    return [Tile(draw_labels(one), f"mIoU {_mean_iou(one, maps[0]):.3f} to the target's") for one in maps]
 
 
 def _add_components(shown: TaskView, grid: int, fitted_on_target: bool) -> None:
@@ -290,6 +293,8 @@ def _open_source(
     device: torch.device,
 ) -> Source:
     """See `open_sources`."""
+    if task.kind == "dense" and math.isqrt(task.queries) ** 2 != task.queries:
+        raise OlaError(f"task {task.name}: {task.queries} queries; only square grids can be drawn")
     if config is None:
         if corpus and task.kind == "pooled":
             raise OlaError(f"--corpus {corpus[0]}: no pipeline says what {task.name}'s teacher is; give --pipeline")
