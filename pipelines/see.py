@@ -249,7 +249,7 @@ def _draw_values(shown: TaskView, maps: Tensor, teacher: Teacher) -> list[Tile]:
         "bright": f"{near}{scale.bright:.3g}{unit}",
     }
     relative = "" if unit or not teacher.depth_sign else " Depth is relative: the numbers have no unit."
-    shown.notes.append(f"Maps by the teacher's own head, on the target's 2nd to 98th percentile.{relative}")
+    shown.notes.append(f"Maps by the teacher's own head, coloured from the target's 2nd to 98th percentile.{relative}")
     return [Tile(scale.draw(one), f"off by {scale.distance(one, maps[0]):.0%} of the range") for one in maps]
 
 
