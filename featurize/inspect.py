@@ -1,28 +1,34 @@
 """Looking at stored targets: maps decoded by the teachers' own heads, features as colours, nearest neighbours."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from featurize import teachers
+from featurize.drawing import Components, Picture, Scale, draw_labels
 from featurize.stage import Job, open_jobs
 from featurize.teachers.base import Teacher
-from olavlm.config import PipelineConfig
+from olavlm.config import PipelineConfig, View
 from olavlm.data import codec
 from olavlm.data.corpus import Tar
 from olavlm.data.images import apply_view, decode_image
 from olavlm.errors import OlaError
 
-Picture = np.ndarray[Any, Any]  # (side, side, 3) uint8
 SIDE = 192
-POOL = 1000  # images among which nearest neighbours are looked for
+POOL = 10_000  # images shown are chosen among, and at most this many are compared with
 
-#: Anchors of the depth colour map, far to near (matplotlib's magma at 0, 1/4, 1/2, 3/4, 1).
-_MAGMA = np.array([[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]], np.float64)
+
+class Stored(NamedTuple):
+    """An image of a corpus with its targets."""
+
+    tar: Tar
+    entry: dict[str, Any]  # row of the tar's index
+    rows: dict[str, dict[str, Any]]  # row of the commit, by task
 
 
 def pictures(config: PipelineConfig, data: str, n: int = 8) -> list[dict[str, Any]]:
@@ -40,26 +46,30 @@ def pictures(config: PipelineConfig, data: str, n: int = 8) -> list[dict[str, An
     job = next((job for job in open_jobs(config) if job.name == data), None)
     if job is None:
         raise OlaError(f"pipeline {config.name}: data.{data} is not there or has no targets")
-    pool = _committed(job)
-    if not pool:
-        raise OlaError(f"{job.data.targets}: no image has all targets ({', '.join(job.sets)}) yet")
-    chosen = [pool[i] for i in np.linspace(0, len(pool) - 1, min(n, len(pool))).round().astype(int)]
+    view = next(iter(config.teachers.values())).view  # the one the first teacher saw
+    pool = stored_images(job)
+    chosen = spread(pool, n)
     shown: list[dict[str, Any]] = [
-        {"key": entry["key"], "image": _image(job, config, tar, entry)} for tar, entry, _ in chosen
+        {"key": stored.entry["key"], "image": show_image(read_image(job, stored), view)} for stored in chosen
     ]
     for task, stated in config.teachers.items():
         teacher = teachers.load(stated)
-        features = torch.stack([_features(job, task, rows) for _, _, rows in chosen])
+        features = read_features(job, task, chosen)
         maps = teacher.decode(features)
         for i, picture in enumerate(shown):
             if maps is not None:
-                picture[task] = _coloured(maps[i].cpu(), teacher)
+                picture[task] = _draw_map(maps[i], teacher)
         if stated.grid > 1:
-            for picture, colours in zip(shown, _principal(features, stated.grid), strict=True):
-                picture[f"{task} features"] = colours
+            components = Components.of(features)
+            for picture, of_image in zip(shown, features, strict=True):
+                colours = components.draw(of_image, stated.grid)
+                picture[f"{task} features"] = _enlarged(colours, Image.Resampling.NEAREST)
         else:
-            for picture, (tar, entry, _) in zip(shown, _nearest(job, task, chosen, pool), strict=True):
-                picture[f"{task} nearest"] = _image(job, config, tar, entry)
+            gallery = Gallery(job, task, pool)
+            for picture, stored, of_image in zip(shown, chosen, features, strict=True):
+                found = [other for other, _ in gallery.nearest(of_image, 2) if other is not stored]
+                other = found[0] if found else stored  # itself where it is alone
+                picture[f"{task} nearest"] = show_image(read_image(job, other), view)
     return shown
 
 
@@ -77,9 +87,28 @@ def save(shown: list[dict[str, Any]], file: Path) -> None:
     sheet.save(file)
 
 
-def _committed(job: Job) -> list[tuple[Tar, dict[str, Any], dict[str, dict[str, Any]]]]:
-    """Images with every target: (tar, index row, commit row by task), `POOL` at most, from tars all over the corpus."""
-    found: list[tuple[Tar, dict[str, Any], dict[str, dict[str, Any]]]] = []
+class Gallery:
+    """Images of a corpus, to be found by their stored targets of a pooled task."""
+
+    def __init__(self, job: Job, task: str, pool: list[Stored] | None = None) -> None:
+        self.job = job
+        self.pool = stored_images(job) if pool is None else pool
+        self._targets = F.normalize(read_features(job, task, self.pool).flatten(1), dim=-1)
+
+    def nearest(self, features: Tensor, n: int) -> list[tuple[Stored, float]]:
+        """The `n` images whose targets have the largest cosine to features (1, width), and that cosine; best first."""
+        cosines = self._targets @ F.normalize(features.float().cpu().flatten(), dim=0)
+        best = cosines.argsort(descending=True, stable=True)[:n]
+        return [(self.pool[i], float(cosines[i])) for i in best.tolist()]
+
+
+def stored_images(job: Job) -> list[Stored]:
+    """Images that have every target of the job, `POOL` at most, from tars all over the corpus.
+
+    Raises:
+        OlaError: there is none.
+    """
+    found: list[Stored] = []
     tars = job.corpus.tars
     per_tar = max(1, sum(tar.images for tar in tars) // max(1, len(tars)))
     count = min(len(tars), -(-POOL // per_tar))
@@ -91,57 +120,43 @@ def _committed(job: Job) -> list[tuple[Tar, dict[str, Any], dict[str, dict[str, 
         for position, entry in enumerate(job.corpus.index(tars[i]).to_pylist()):
             rows = {task: column[position] for task, column in columns.items()}
             if all(row["status"] == "ok" for row in rows.values()):
-                found.append((tars[i], entry, rows))
+                found.append(Stored(tars[i], entry, rows))
+    if not found:
+        raise OlaError(f"{job.data.targets}: no image has all targets ({', '.join(job.sets)}) yet")
     return found[:POOL]
 
 
-def _features(job: Job, task: str, rows: dict[str, dict[str, Any]]) -> Tensor:
-    values, scales = job.sets[task].read(rows[task], rows[task]["key"])
-    name = job.sets[task].identity.codec
-    return codec.decode(torch.tensor(values), None if scales is None else torch.tensor(scales), name)
+def spread(pool: list[Stored], n: int) -> list[Stored]:
+    """`n` of them at most, evenly spread from the first to the last."""
+    return [pool[i] for i in np.linspace(0, len(pool) - 1, min(n, len(pool))).round().astype(int)]
 
 
-def _image(job: Job, config: PipelineConfig, tar: Tar, entry: dict[str, Any]) -> Picture:
-    """The image in the view the first teacher saw."""
-    image = decode_image(job.corpus.read(tar, entry["image_offset"], entry["image_bytes"]))
-    view = next(iter(config.teachers.values())).view
+def read_features(job: Job, task: str, images: list[Stored]) -> Tensor:
+    """Their stored targets of a task, (n, tokens, width) float32."""
+    target, found = job.sets[task], []
+    for image in images:
+        values, scales = target.read(image.rows[task], image.entry["key"])
+        scaled = None if scales is None else torch.tensor(scales)
+        found.append(codec.decode(torch.tensor(values), scaled, target.identity.codec))
+    return torch.stack(found)
+
+
+def read_image(job: Job, stored: Stored) -> Image.Image:
+    """The image itself, mode RGB."""
+    return decode_image(job.corpus.read(stored.tar, stored.entry["image_offset"], stored.entry["image_bytes"]))
+
+
+def show_image(image: Image.Image, view: View) -> Picture:
+    """An image in a view, (192, 192, 3)."""
     return np.asarray(apply_view(image, view, SIDE))
 
 
-def _coloured(values: Tensor, teacher: Teacher) -> Picture:
-    """A decoded map as colours: depth from far (dark) to near (bright), or one colour per label."""
-    if not values.dtype.is_floating_point:
-        palette = np.random.default_rng(7).integers(40, 255, (int(values.max()) + 1, 3), dtype=np.uint8)
-        return _enlarged(palette[values.numpy()], Image.Resampling.NEAREST)
-    low, high = values.quantile(0.02), values.quantile(0.98)
-    level = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).double().numpy()
-    if teacher.depth_sign == "larger_is_farther":
-        level = 1 - level
-    anchors = np.linspace(0, 1, len(_MAGMA))
-    colours = np.stack([np.interp(level, anchors, _MAGMA[:, channel]) for channel in range(3)], -1)
-    return _enlarged(colours.round().astype(np.uint8), Image.Resampling.BILINEAR)
-
-
-def _principal(features: Tensor, grid: int) -> list[Picture]:
-    """Each image's tokens by the three directions of largest variance over all tokens shown."""
-    tokens = features.flatten(0, 1).double()
-    centred = tokens - tokens.mean(0)
-    _, directions = torch.linalg.eigh(centred.T @ centred)
-    projected = centred @ directions[:, -3:].flip(1)
-    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
-    levels = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
-    colours = levels.round().to(torch.uint8).reshape(len(features), grid, grid, 3).numpy()
-    return [_enlarged(colour, Image.Resampling.NEAREST) for colour in colours]
-
-
-def _nearest(job: Job, task: str, chosen: list[Any], pool: list[Any]) -> list[Any]:
-    """For each chosen image the other one of the pool with the largest cosine between their targets."""
-    stored = torch.stack([_features(job, task, rows).flatten() for _, _, rows in pool])
-    stored = torch.nn.functional.normalize(stored, dim=-1)
-    positions = [next(i for i, other in enumerate(pool) if other is one) for one in chosen]
-    similarity = stored[positions] @ stored.T
-    similarity[range(len(positions)), positions] = -2
-    return [pool[int(i)] for i in similarity.argmax(-1)]
+def _draw_map(decoded: Tensor, teacher: Teacher) -> Picture:
+    """A decoded map on a scale of its own, (192, 192, 3)."""
+    if not decoded.dtype.is_floating_point:
+        return _enlarged(draw_labels(decoded), Image.Resampling.NEAREST)
+    scale = Scale.of(decoded, teacher.depth_sign == "larger_is_farther")
+    return _enlarged(scale.draw(decoded), Image.Resampling.BILINEAR)
 
 
 def _enlarged(picture: Picture, resample: Image.Resampling) -> Picture:

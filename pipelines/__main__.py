@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m pipelines run demo                              everything, in minutes, on a CPU
   python -m pipelines run photos run_dir=/tmp/photos        the same code on real photographs
   python -m pipelines run demo "student.layers.depth=[3]" run_dir=runs/demo-depth3
+  python -m pipelines see runs/demo/pretrain/model scene.png
   python -m pipelines report demo                           runs/demo/report.html from whatever stages are there
 """
 
@@ -46,6 +47,18 @@ def main() -> int:
     sheet.add_argument("--level", choices=["easy", "hard"], default="easy", help="hard: 128 px, up to nine objects")
     sheet.add_argument("--scenes", type=int, default=5, help="how many (%(default)s)")
     sheet.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    help_text = "a page of what a student's supervised layers see in an image, beside its teachers' targets"
+    see = commands.add_parser("see", help=help_text, description=help_text)
+    see.add_argument("model", type=Path, metavar="MODEL", help="a student's folder, saved with its predictors")
+    see.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP …")
+    see.add_argument("--pipeline", help="whose teachers and data (default: those of the run that MODEL lies in)")
+    see.add_argument(
+        "--corpus",
+        nargs=2,
+        metavar=("CORPUS", "TARGETS"),
+        help="look for the nearest images here (default: the first data with targets)",
+    )
+    see.add_argument("--out", type=Path, help="the file (default: see/IMAGE.html beside MODEL)")
     bench = commands.add_parser("bench", help="measured ratios: stored targets against teachers in the training step")
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
     args = parser.parse_args()
@@ -62,6 +75,11 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(args.out, LEVELS[args.level], args.scenes, args.seed)
         print(args.out)
+        return 0
+    if args.command == "see":
+        from pipelines.see import see as see_layers
+
+        print(see_layers(args.model, args.image, args.pipeline, args.corpus, args.out))
         return 0
     if args.command == "bench":
         from pipelines.bench import bench as run_bench

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
-from featurize.inspect import pictures
+from featurize.inspect import pictures, read_image, spread, stored_images
+from featurize.stage import open_jobs
 from olavlm import runs
 from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig, dump
@@ -17,9 +17,12 @@ from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
 from olavlm.eval import cv_bench
 from pipelines import figures
+from pipelines.page import render
 from pipelines.results import duration, print_summary, read_json, read_lines, summary
+from pipelines.see import READ, load_student, look, open_sources
 
 PICTURES = 6
+SEEN = 2  # images shown as the layers see them
 SEE_NOTHING = ("chance", "blind")  # baselines; all others know something of the picture, but no depth
 TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
 
@@ -37,52 +40,35 @@ def report(config: PipelineConfig) -> Path:
         raise OlaError(f"run_dir: no folder {folder}; run a stage of pipeline {config.name} first")
     result = summary(config)
     shown, pictures_missing = _pictures(config)
+    layers, layers_missing = _layers(config)
     replies = _replies(config)
     probe = read_json(runs.stage_dir(config, "probe") / "probe.json")
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            name=config.name,
-            result=result,
-            cards=list(_cards(config, result)),
-            verdict=_verdict(result),
-            pictures=shown,
-            pictures_missing=pictures_missing,
-            curves=list(_curves(config)),
-            probe=Markup(figures.probe_curves(probe, config.student.layers)) if probe.get("floor") else None,
-            probe_held_out=probe.get("held_out"),
-            scores=Markup(figures.score_dots(result["scores"], result["baselines"], cv_bench.ROWS))
-            if result["scores"]
-            else None,
-            score_rows=[row for row in (*cv_bench.ROWS, *cv_bench.SOURCES) if result["scores"].get(row)],
-            replies=replies,
-            config=dump(config),
-        )
+    page = render(
+        "report.html.j2",
+        name=config.name,
+        result=result,
+        cards=list(_cards(config, result)),
+        verdict=_verdict(result),
+        pictures=shown,
+        pictures_missing=pictures_missing,
+        layers=layers,
+        layers_missing=layers_missing,
+        read=READ,
+        curves=list(_curves(config)),
+        probe=Markup(figures.probe_curves(probe, config.student.layers)) if probe.get("floor") else None,
+        probe_held_out=probe.get("held_out"),
+        scores=Markup(figures.score_dots(result["scores"], result["baselines"], cv_bench.ROWS))
+        if result["scores"]
+        else None,
+        score_rows=[row for row in (*cv_bench.ROWS, *cv_bench.SOURCES) if result["scores"].get(row)],
+        replies=replies,
+        config=dump(config),
     )
     path = folder / "report.html"
     replace(path, page.encode())
     print_summary(result)
     Console().print(f"report: {path}", highlight=False, soft_wrap=True)
     return path
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "bytes": human_bytes,
-        "duration": duration,
-        "count": lambda number: f"{number:,}",
-        "percent": lambda share: f"{100 * share:.1f}",
-        "picture": figures.picture,
-    }
-    return environment
 
 
 def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -154,6 +140,31 @@ def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:
         return pictures(config, data, PICTURES), ""
     except OlaError as error:
         return [], str(error)
+
+
+def _layers(config: PipelineConfig) -> tuple[dict[str, Any], str]:
+    """A few images as the layers of the first student with embedding losses see them, or why there are none."""
+    stage = next((name for name, settings in config.stages.items() if any(settings.losses.values())), None)
+    if stage is None:
+        return {}, "no stage of this pipeline has embedding losses"
+    folder = runs.stage_dir(config, stage) / "model"
+    if not folder.is_dir():
+        return {}, f"no model in {folder} yet"
+    held_out = config.probe is not None and config.probe.data not in config.stages[stage].data
+    try:
+        student = load_student(folder)
+        jobs = {job.name: job for job in open_jobs(config)}
+        wanted = config.probe.data if config.probe and held_out else next(iter(jobs))
+        job = jobs.get(wanted)
+        if job is None:
+            return {}, f"data.{wanted} has no targets"
+        chosen = spread(stored_images(job), SEEN)
+        images = [read_image(job, stored) for stored in chosen]
+        views = look(student, images, open_sources(student[0], config.teachers, config.data))
+    except OlaError as error:
+        return {}, str(error)
+    shown = [{"key": stored.entry["key"], "views": of} for stored, of in zip(chosen, views, strict=True)]
+    return {"student": stage, "data": wanted, "held_out": held_out, "images": shown}, ""
 
 
 def _curves(config: PipelineConfig) -> Iterator[dict[str, Any]]:

@@ -31,12 +31,14 @@ class Teacher(ABC):
 
     Attributes:
         depth_sign: what a larger decoded depth means, for depth teachers.
+        depth_unit: of decoded depths; None where they are relative.
         weights_folder: folder inside the repository that holds config.json and the weights.
         processor_folder: folder that holds preprocessor_config.json.
         files: what of the repository is needed, for the command that downloads it.
     """
 
     depth_sign: Literal["larger_is_closer", "larger_is_farther"] | None = None
+    depth_unit: str | None = None
     weights_folder = "."
     processor_folder = "."
     files: tuple[str, ...] = ("*.json", "*.txt", "*.safetensors")
@@ -68,6 +70,11 @@ class Teacher(ABC):
     def decode(self, features: Tensor) -> Tensor | None:
         """Targets (n, tokens, width) as maps (n, H, W): depth float32 or labels int64; None: none to draw."""
         return None
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """What the labels of a decoded map are called, for teachers that decode to labels."""
+        return {}
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class DepthAnything(Teacher):
         super().__init__(config, device)
         metric = self.architecture.get("depth_estimation_type", "relative") == "metric"
         self.depth_sign = "larger_is_farther" if metric else "larger_is_closer"  # relative models predict disparity
+        self.depth_unit = "m" if metric else None
         backbone = self.architecture["backbone_config"]
         taps = backbone.get("out_indices") or [int(name.removeprefix("stage")) for name in backbone["out_features"]]
         self.layers = tuple(config.layers if config.layers is not None else (tap - 1 for tap in taps))

@@ -43,6 +43,11 @@ class OneFormer(Teacher):
             "pooling": f"last stage after its LayerNorm, bilinear (align_corners=False) to {grid}x{grid}",
         }
 
+    @property
+    def labels(self) -> dict[int, str]:
+        """The classes the checkpoint was trained on."""
+        return {int(label): str(name) for label, name in self.architecture.get("id2label", {}).items()}
+
     def load_model(self) -> nn.Module:
         """The whole network; encoding runs its backbone only."""
         return OneFormerForUniversalSegmentation.from_pretrained(self.folder, use_safetensors=True)

@@ -92,8 +92,10 @@ def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcess
         stock_processor.save_pretrained(folder)
 
 
-def load_for_inference(folder: Path) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
-    """The student in a folder as it answers and is exported: its predictors are neither built nor read.
+def load_for_inference(
+    folder: Path, predictors: bool = False
+) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+    """The student in a folder as it answers and is exported: without `predictors` these are neither built nor read.
 
     Raises:
         OlaError: no student there, or one with tensors missing, unknown or damaged.
@@ -108,7 +110,8 @@ def load_for_inference(folder: Path) -> tuple[OlaVlmForConditionalGeneration, Ol
                 "(published checkpoints are converted first: python -m olavlm convert)"
             )
         config = OlaVlmConfig.from_pretrained(folder)
-        config.tasks = [task | {"layers": []} for task in config.tasks or []]
+        if not predictors:
+            config.tasks = [task | {"layers": []} for task in config.tasks or []]
         loaded: Any = OlaVlmForConditionalGeneration.from_pretrained(folder, config=config, output_loading_info=True)
         processor = OlaVlmProcessor.from_pretrained(folder)
     except OlaError:
@@ -117,7 +120,7 @@ def load_for_inference(folder: Path) -> tuple[OlaVlmForConditionalGeneration, Ol
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OlaError(f"{folder}: cannot be loaded: {reason}") from None
     model, info = loaded
-    unknown = [name for name in info["unexpected_keys"] if not name.startswith("predictors.")]
+    unknown = [name for name in info["unexpected_keys"] if predictors or not name.startswith("predictors.")]
     for what, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
         if names:
             raise OlaError(f"{folder}: {len(names)} tensors {what}, among them {names[0]}")

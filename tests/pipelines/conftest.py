@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,58 @@ probe: {{data: pretrain, students: [initial, pretrain], tasks: [depth, gen]}}
 eval: {{cv_bench: {0}/cv_bench, student: finetune, batch: 4, max_new_tokens: 5}}
 run_dir: {0}/run
 """
+
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """A strict reader: every element closed in order, ids unique, references inside the page only."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.labels: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in found:
+            self.ids.append(str(found["id"]))
+        for name in ("href", "src", "xlink:href", "action", "srcset"):
+            if name in found:
+                self.links.append(str(found[name]))
+        if tag == "img":
+            self.images.append(found)
+        if tag == "svg":
+            self.labels.append(str(found["aria-label"]))
+        assert tag not in {"script", "link", "iframe", "object"}
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[Page]:
+    """Reads a page's HTML, strictly."""
+    return Page
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +14,6 @@ from pipelines import report as report_module
 from pipelines.figures import picture
 from pipelines.report import report
 from pipelines.results import duration, read_lines, summary
-
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """A strict reader: every element closed in order, ids unique, references inside the page only."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.images: list[dict[str, str | None]] = []
-        self.labels: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-        if "id" in found:
-            self.ids.append(str(found["id"]))
-        for name in ("href", "src", "xlink:href", "action", "srcset"):
-            if name in found:
-                self.links.append(str(found[name]))
-        if tag == "img":
-            self.images.append(found)
-        if tag == "svg":
-            self.labels.append(str(found["aria-label"]))
-        assert tag not in {"script", "link", "iframe", "object"}
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture
@@ -78,14 +32,14 @@ def with_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_pictures")
-def test_a_finished_run(config: PipelineConfig, finished_run: Path) -> None:
+def test_a_finished_run(read_page: Any, config: PipelineConfig, finished_run: Path) -> None:
     path = report(config)
     text = path.read_text()
     assert path == finished_run / "report.html"
     assert "http://" not in text
     assert "https://" not in text
     assert not re.search(r"@import|url\((?!#)", text)
-    page = Page(text)
+    page = read_page(text)
     assert all(link.startswith(("#", "data:image/")) for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids)
@@ -103,7 +57,7 @@ def test_a_finished_run(config: PipelineConfig, finished_run: Path) -> None:
     assert "global_batch: 4" in page.text
 
 
-def test_the_verdict_on_depth_weighs_against_cues(config: PipelineConfig, finished_run: Path) -> None:
+def test_the_verdict_on_depth_weighs_against_cues(read_page: Any, config: PipelineConfig, finished_run: Path) -> None:
     """Ahead of those who see nothing; ahead or not of those who know the boxes, by two standard errors."""
     file = finished_run / "evaluate" / "scores.json"
     scores = json.loads(file.read_text())
@@ -112,7 +66,7 @@ def test_the_verdict_on_depth_weighs_against_cues(config: PipelineConfig, finish
     for boxes, seen in ((0.6, True), (0.75, False)):
         scores["baselines"] |= {"size": {"3D": 0.5}, "2-D boxes": {"3D": boxes}}
         file.write_text(json.dumps(scores))
-        text = Page(report(config).read_text()).text
+        text = read_page(report(config).read_text()).text
         assert f"not depth, 2-D boxes: {boxes:.1%}" in text
         assert ("does not show that it sees depth" in text) is not seen
 
@@ -122,16 +76,17 @@ def test_the_same_run_gives_the_same_page(config: PipelineConfig) -> None:
     assert report(config).read_bytes() == report(config).read_bytes()
 
 
-def test_missing_stages_are_said_to_be_missing(config: PipelineConfig, tmp_path: Path) -> None:
+def test_missing_stages_are_said_to_be_missing(read_page: Any, config: PipelineConfig, tmp_path: Path) -> None:
     with pytest.raises(OlaError, match=r"no folder .*run; run a stage of pipeline small first"):
         report(config)
     (tmp_path / "run").mkdir()
-    page = Page(report(config).read_text())
+    page = read_page(report(config).read_text())
     for words in (
         "No stage of this run has finished yet",
         "Stage featurize has not finished",
         "No pictures: ",
         "No training stage has logged a step yet",
+        "Nothing to see: no model in ",
         "Stage probe has not finished",
         "Stage evaluate has not finished",
         "No replies yet",
@@ -140,7 +95,9 @@ def test_missing_stages_are_said_to_be_missing(config: PipelineConfig, tmp_path:
     assert page.text.count("not finished") >= 6
 
 
-def test_stages_at_work_are_shown_as_far_as_they_are(config: PipelineConfig, finished_run: Path) -> None:
+def test_stages_at_work_are_shown_as_far_as_they_are(
+    read_page: Any, config: PipelineConfig, finished_run: Path
+) -> None:
     (finished_run / "pretrain" / "done.json").unlink()
     (finished_run / "finetune" / "metrics.jsonl").unlink()
     with (finished_run / "pretrain" / "metrics.jsonl").open("a") as file:
@@ -148,15 +105,17 @@ def test_stages_at_work_are_shown_as_far_as_they_are(config: PipelineConfig, fin
     (finished_run / "evaluate" / "scores.json").unlink()
     (finished_run / "evaluate" / "replies.jsonl").write_text('{"id": "2D/0", "prompt": "?", "reply": "(A)"}\n')
     (finished_run / "probe" / "probe.json").write_text('{"students": {}, "floor": {}}')
-    page = Page(report(config).read_text())
+    page = read_page(report(config).read_text())
     assert "Pretraining, 120 steps" in page.text
     assert "Fine-tuning," not in page.text
     assert "No replies yet" in page.text
 
 
-def test_replies_outlive_their_images(config: PipelineConfig, finished_run: Path, tmp_path: Path) -> None:
+def test_replies_outlive_their_images(
+    read_page: Any, config: PipelineConfig, finished_run: Path, tmp_path: Path
+) -> None:
     (tmp_path / "cv_bench" / "test_2d.parquet").unlink()
-    page = Page(report(config).read_text())
+    page = read_page(report(config).read_text())
     assert "image not there" in page.text
     assert "no idea" in page.text
 
