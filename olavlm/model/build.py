@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
 )
 
 from olavlm.config import View
@@ -175,6 +174,8 @@ def _load_language_model(language_model: str, dtype: torch.dtype) -> tuple[Any, 
     if gguf:
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
             raise OlaError(f"{key}: {language_model} is read by {' and '.join(missing)}: pip install 'olavlm[gguf]'")
+        from transformers import GgufConfig  # newer than what all else needs; the extra asks for it
+
         options["quantization_config"] = GgufConfig(dequantize=True)
     model = _load_model(key, weights, AutoModelForCausalLM, dtype=dtype, **options)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
