@@ -162,8 +162,8 @@ def split_gguf(language_model: str) -> tuple[str, dict[str, str]]:
     """
     if not language_model.endswith(".gguf"):
         return language_model, {}
-    folder, _, file = language_model.rpartition("/")
-    return folder or ".", {"gguf_file": file}
+    path = Path(language_model)
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def _load_language_model(language_model: str, dtype: torch.dtype) -> tuple[Any, Any]:
