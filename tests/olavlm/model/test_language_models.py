@@ -40,12 +40,12 @@ from olavlm.model import (
     parameter_groups,
 )
 from olavlm.model.configuration import image_tokens
+from olavlm.model.modeling import PARTS
 
 Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 Config = dict[str, Any]
 
-#: config.json of these repositories of the hub; the vision parts leave out what has CLIP's or
-#: SigLIP's default.
+#: config.json of these repositories of the hub.
 HUB: dict[str, Config] = json.loads((Path(__file__).parents[2] / "data" / "hub_configs.json").read_text())
 
 # --- conversations ---------------------------------------------------------------------------------------------------
@@ -693,17 +693,10 @@ def test_full_size_has_the_published_parameters(name: str, tmp_path: Path) -> No
     )
     with torch.device("meta"):
         model = OlaVlmForConditionalGeneration(config)
-    prefixes = {
-        "vision_tower": ("model.vision_tower.",),
-        "projector": ("model.multi_modal_projector.",),
-        "language_model": ("model.language_model.", "lm_head."),
-        "task_tokens": ("task_tokens.",),
-        "logit_scales": ("logit_scales.",),
-    }
     counts = dict.fromkeys(expected, 0)
     for parameter_name, parameter in model.named_parameters():
         assert parameter.is_meta
-        part = next((part for part, own in prefixes.items() if parameter_name.startswith(own)), None)
-        counts[part or ".".join(parameter_name.split(".")[:3])] += parameter.numel()
+        part = next(part for part, prefixes in PARTS.items() if parameter_name.startswith(prefixes))
+        counts[".".join(parameter_name.split(".")[:3]) if part == "predictors" else part] += parameter.numel()
     assert counts == expected
     assert len(config.image_block) == 576 + 3 * 8
