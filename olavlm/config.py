@@ -114,8 +114,7 @@ class StudentConfig(Section):
     """What the student is built from, and where in its language model each task is predicted."""
 
     vision_tower: str
-    language_model: str
-    gguf_file: str | None = None
+    language_model: str  # hub id or folder, or a GGUF file in one: folder/model.gguf
     vision_feature_layer: int = -2
     tasks: list[str] = ["gen", "depth", "seg"]  # order of the task tokens in the sequence
     task_tokens: Annotated[int, Field(ge=0)] = 8  # per task

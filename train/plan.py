@@ -14,6 +14,8 @@ from olavlm.data.codec import encoded_bytes
 from olavlm.data.corpus import Corpus
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmConfig, OlaVlmForConditionalGeneration, parameter_groups
+from olavlm.model.build import split_gguf
+from olavlm.model.configuration import image_tokens
 from train import student
 from train.order import Order
 from train.stage import total_steps
@@ -119,13 +121,11 @@ def _skeleton(config: PipelineConfig, stage: StageConfig) -> OlaVlmForConditiona
     else:
         parts = []
         for part in ("vision_tower", "language_model"):
-            source = getattr(config.student, part)
-            file = config.student.gguf_file if part == "language_model" else None
-            gguf = {"gguf_file": file} if file else {}
+            source, gguf = split_gguf(getattr(config.student, part))
             try:
                 parts.append(AutoConfig.from_pretrained(source, local_files_only=True, **gguf))
-            except (OSError, ValueError):
-                return f"student.{part}: no config.json of {source} on this machine"
+            except (OSError, ValueError, ImportError):
+                return f"student.{part}: no configuration of {source} can be read on this machine"
         vision, text = getattr(parts[0], "vision_config", parts[0]), parts[1]
         counts = {task["name"]: task["task_tokens"] for task in student.tasks(config)}
         ids = iter(range(text.vocab_size + 1, text.vocab_size + 1 + sum(counts.values())))
@@ -133,6 +133,7 @@ def _skeleton(config: PipelineConfig, stage: StageConfig) -> OlaVlmForConditiona
             vision_config=vision,
             text_config=text,
             image_token_index=text.vocab_size,
+            **image_tokens(vision),
             tasks=student.tasks(config),
             task_token_ids={task: [next(ids) for _ in range(count)] for task, count in counts.items()},
         )

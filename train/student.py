@@ -10,6 +10,7 @@ from olavlm import runs
 from olavlm.config import PipelineConfig, StageConfig
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor, build_student, parameter_groups
+from olavlm.model.configuration import check_image_tokens
 
 Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 Parts = dict[str, list[tuple[str, nn.Parameter]]]  # part → its parameters with their names
@@ -50,28 +51,39 @@ def tasks(config: PipelineConfig) -> list[dict[str, Any]]:
 def create(config: PipelineConfig, dtype: torch.dtype = torch.float32) -> Student:
     """A student as it is before any training; its new parts depend on the pipeline's seed only."""
     student = config.student
-    return build_student(
+    model, processor = build_student(
         student.vision_tower,
         student.language_model,
         tasks(config),
         vision_feature_layer=student.vision_feature_layer,
         predictors_read_text=student.predictors_read_text,
-        gguf_file=student.gguf_file,
         seed=config.seed,
         dtype=dtype,
     )
+    tokens = model.config.image_seq_length
+    if student.image_tokens not in (None, tokens):
+        raise OlaError(f"student.image_tokens: {student.image_tokens}; {student.vision_tower} makes {tokens} per image")
+    return model, processor
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Student:
     """The student in an exported model folder.
 
     Raises:
-        OlaError: there is none.
+        OlaError: there is none, or its vision tower, model and processor do not agree on what an image is.
     """
     if not (folder / "config.json").is_file():
         raise OlaError(f"{folder}: no model here (config.json is missing)")
     model = OlaVlmForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    return model, OlaVlmProcessor.from_pretrained(folder)
+    check_image_tokens(model.config)
+    processor = OlaVlmProcessor.from_pretrained(folder)
+    if processor.image_block != model.config.image_block:
+        raise OlaError(
+            f"{folder}: the processor writes {len(processor.image_block)} tokens per image "
+            f"({processor.image_seq_length} image tokens), the model reads {len(model.config.image_block)} "
+            f"({model.config.image_seq_length}), or other ids; expected those of one export"
+        )
+    return model, processor
 
 
 def start(config: PipelineConfig, stage: str) -> Student:

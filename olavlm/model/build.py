@@ -1,5 +1,6 @@
 """Composing a student from a vision tower and a language model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from transformers import (
 
 from olavlm.config import View
 from olavlm.errors import OlaError
-from olavlm.model.configuration import OlaVlmConfig, parse_tasks
+from olavlm.model.configuration import TOWERS, OlaVlmConfig, image_tokens, parse_tasks
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
 from olavlm.model.predictor import EmbeddingPredictor
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
-
-CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"  # with and without a CLS token in front of the patches
 
 
 def build_student(
@@ -33,7 +32,6 @@ def build_student(
     vision_feature_layer: int = -2,
     predictors_read_text: bool = True,
     view: View = "squash",
-    gguf_file: str | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
@@ -43,12 +41,13 @@ def build_student(
 
     Args:
         vision_tower: hub id or folder of a CLIP or SigLIP model (whole or vision part), with preprocessor_config.json.
-        language_model: hub id or folder of a causal language model with its tokenizer.
+        language_model: hub id or folder of a causal language model with its tokenizer, in safetensors; or a GGUF file
+            in one of these (`folder/model.gguf`, `organisation/name/model.gguf`), which has its tokenizer and chat
+            template inside. Quantized weights are unpacked.
         tasks: see `OlaVlmConfig`.
         vision_feature_layer: hidden states of the tower that are projected; −2 is the last layer's input.
         predictors_read_text: whether predictors attend to the text after the image.
         view: how images are made square.
-        gguf_file: file in `language_model` to read, where it is a GGUF folder; all other weights are safetensors.
         seed: of the new parameters.
         dtype: of all parameters.
 
@@ -56,7 +55,7 @@ def build_student(
         OlaError: weights that are absent, incomplete or of an unsupported kind; tasks that cannot be built.
     """
     tower = _load_tower(vision_tower, dtype)
-    text_model, tokenizer = _load_language_model(language_model, gguf_file, dtype)
+    text_model, tokenizer = _load_language_model(language_model, dtype)
     image_processor = _load(
         "student.vision_tower",
         vision_tower,
@@ -68,22 +67,21 @@ def build_student(
     tokenizer.add_tokens(names, special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    image_size, patch_size = tower.config.image_size, tower.config.patch_size
+    image = image_tokens(tower.config)
     processor = OlaVlmProcessor(
         image_processor,
         tokenizer,
         view=view,
-        image_size=image_size,
-        image_seq_length=(image_size // patch_size) ** 2,
+        image_size=tower.config.image_size,
+        image_seq_length=image["image_seq_length"],
         task_tokens=counts,
     )
     config = OlaVlmConfig(
         vision_config=tower.config,
         text_config=text_model.config,
         image_token_index=processor.image_token_id,
-        image_seq_length=processor.image_seq_length,
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default" if tower.config.model_type == CLIP else "full",
+        **image,
         tasks=tasks,
         task_token_ids=processor.task_token_ids,
         predictors_read_text=predictors_read_text,
@@ -149,23 +147,44 @@ def _load_tower(weights: str, dtype: torch.dtype) -> Any:
     key = "student.vision_tower"
     config = _load(key, weights, lambda: AutoConfig.from_pretrained(weights))
     config = getattr(config, "vision_config", config)
-    if config.model_type not in (CLIP, SIGLIP):
-        raise OlaError(f"{key}: {_where(weights)} holds a {config.model_type!r} model; expected CLIP or SigLIP")
+    if config.model_type not in TOWERS:
+        raise OlaError(
+            f"{key}: {_where(weights)} holds a {config.model_type!r} model; expected CLIP or SigLIP, of a fixed "
+            "resolution"
+        )
     return _load_model(key, weights, MODEL_MAPPING[type(config)], config=config, dtype=dtype)
 
 
-def _load_language_model(weights: str, gguf_file: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def split_gguf(language_model: str) -> tuple[str, dict[str, str]]:
+    """Where a language model lies, and what else transformers' `from_pretrained` needs to know if it is a GGUF file.
+
+    What ends in ``.gguf`` is a file in the folder, or the repository of the hub, that is named before the last slash.
+    """
+    if not language_model.endswith(".gguf"):
+        return language_model, {}
+    path = Path(language_model)
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _load_language_model(language_model: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A causal language model and its tokenizer."""
     key = "student.language_model"
-    source = {"gguf_file": gguf_file} if gguf_file else {}
-    model = _load_model(key, weights, AutoModelForCausalLM, dtype=dtype, **source)
+    weights, gguf = split_gguf(language_model)
+    options: dict[str, Any] = {**gguf}
+    if gguf:
+        if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+            raise OlaError(f"{key}: {language_model} is read by {' and '.join(missing)}: pip install 'olavlm[gguf]'")
+        from transformers import GgufConfig  # newer than what all else needs; the extra asks for it
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model = _load_model(key, weights, AutoModelForCausalLM, dtype=dtype, **options)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if not (hasattr(decoder, "layers") and hasattr(decoder, "norm")) or getattr(head, "bias", None) is not None:
         raise OlaError(
             f"{key}: {_where(weights)} holds a {model.config.model_type!r} model; expected a decoder with `layers`, "
             "a final `norm` and a head without bias, as Llama, Mistral, Qwen and Phi-3 have"
         )
-    return model, _load(key, weights, lambda: AutoTokenizer.from_pretrained(weights, **source))
+    return model, _load(key, weights, lambda: AutoTokenizer.from_pretrained(weights, **gguf))
 
 
 def _load_model(key: str, weights: str, model_class: Any, **kwargs: Any) -> Any:

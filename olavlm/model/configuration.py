@@ -37,6 +37,24 @@ class TaskConfig:
         return self.queries if self.kind == "dense" else self.task_tokens
 
 
+#: Vision towers by model type, and what LLaVA calls leaving out the token in front of the patches, if there is one.
+TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+
+def image_tokens(vision_config: Any) -> dict[str, Any]:
+    """What the student reads of a tower's output, as fields of `OlaVlmConfig`: every patch and nothing else.
+
+    Raises:
+        OlaError: neither CLIP nor SigLIP.
+    """
+    if vision_config.model_type not in TOWERS:
+        raise OlaError(f"vision tower: {vision_config.model_type!r}; expected {' or '.join(TOWERS)}")
+    return {
+        "vision_feature_select_strategy": TOWERS[vision_config.model_type],
+        "image_seq_length": (vision_config.image_size // vision_config.patch_size) ** 2,
+    }
+
+
 class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
     """Configuration of `OlaVlmForConditionalGeneration`.
 
@@ -47,6 +65,8 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
             task tokens, the target's width for all others.
         task_token_ids: token ids of each task's inserted tokens, in order.
         predictors_read_text: whether predictors attend to the text after the image.
+
+    `image_tokens` gives LLaVA's fields on the image.
 
     Raises:
         OlaError: a task that cannot be built, naming the task, the key, the value and what was expected.
@@ -82,6 +102,23 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
         return [self.image_token_index] * self.image_seq_length + [
             i for task in self.task_configs for i in ids.get(task.name, [])
         ]
+
+
+def check_image_tokens(config: OlaVlmConfig) -> None:
+    """The sequence has room for the patches of the vision tower, no more and no less.
+
+    Not asked of every configuration: behind the vision tower the model runs on image features of any origin.
+
+    Raises:
+        OlaError: it has not.
+    """
+    vision: Any = config.vision_config
+    for key, value in image_tokens(vision).items():
+        if getattr(config, key) != value:
+            raise OlaError(
+                f"{key}: {getattr(config, key)!r}; expected {value!r} for a {vision.model_type} with images of "
+                f"{vision.image_size} and patches of {vision.patch_size} pixels"
+            )
 
 
 def parse_tasks(entries: list[dict[str, Any]], hidden_size: int, num_layers: int) -> list[TaskConfig]:

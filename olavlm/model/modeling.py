@@ -86,11 +86,16 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
             (B, L, hidden). Image features and task tokens stay part of the graph when the batch has no image.
 
         Raises:
-            OlaError: another number of images than the ids have room for.
+            OlaError: another number of images, or of tokens of an image, than the ids have room for.
         """
         if image_features.shape[0] != layout.images:
             raise OlaError(
                 f"pixel_values: {image_features.shape[0]} images; the input_ids have room for {layout.images}"
+            )
+        if image_features.shape[1] != self.config.image_seq_length:
+            raise OlaError(
+                f"image features: {image_features.shape[1]} tokens per image; image_seq_length says "
+                f"{self.config.image_seq_length}"
             )
         embeds: Tensor = self.get_input_embeddings()(input_ids)
         block = torch.cat(

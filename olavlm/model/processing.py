@@ -1,5 +1,6 @@
 """`OlaVlmProcessor`: from images and conversations to what the student reads."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
 )
 
+#: Stands for an answer where its place in the rendered conversation is looked for.
+_MARK = "\x00answer\x00"
+
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -40,8 +44,8 @@ class _Answer(NamedTuple):
     """Where an answer is in a rendered conversation, in characters."""
 
     start: int
-    end: int  # behind what ends the turn, without the white space after it
-    turn_end: int
+    end: int  # behind the special token that ends it
+    turn_end: int  # behind the white space after that
 
 
 class OlaVlmProcessor(ProcessorMixin):
@@ -84,6 +88,10 @@ class OlaVlmProcessor(ProcessorMixin):
             task: [self._id(task_token(task, i)) for i in range(count)] for task, count in self.task_tokens
         }
         self._inserted = {i for ids in self.task_token_ids.values() for i in ids}
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._closing = re.compile(
+            rf"(\s*(?:{'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))}))?(\s*)"
+        )
         #: The token ids one image occupies: image tokens, then every task's tokens in order.
         self.image_block = [self.image_token_id] * image_seq_length + [
             i for ids in self.task_token_ids.values() for i in ids
@@ -113,7 +121,10 @@ class OlaVlmProcessor(ProcessorMixin):
         return self._render(_messages(turns), reply=True)
 
     def encode_conversation(self, turns: Sequence[dict[str, str]], max_length: int) -> tuple[Tensor, Tensor]:
-        """A conversation as training sample: only the answers, with what ends them, are learned.
+        """A conversation as training sample: only the answers, each with the special token that ends it, are learned.
+
+        What the template writes between a prompt and the answer (Qwen3's empty thoughts before the last one) is part
+        of the answer; what it writes behind the end of an answer (Phi-3's end of text) is not.
 
         A conversation longer than `max_length` is cut behind the last answer that fits, and inside the first answer
         where not even that one does. The images of turns cut off are gone: what remains needs the first
@@ -204,18 +215,27 @@ class OlaVlmProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values"]
 
     def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list["_Answer"]]:
-        """The rendered conversation and where its answers are."""
+        """The rendered conversation and where its answers are.
+
+        An answer starts where the prompt for it ends, and ends before what the template writes behind a mark put in its
+        place. What a template makes of the answer itself, or of the conversation's end, plays no part.
+        """
         text = self._render(messages)
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                question, answered = self._render(messages[:i], reply=True), self._render(messages[: i + 1])
-                if not text.startswith(answered) or not answered.startswith(question):
+                prompt = self._render(messages[:i], reply=True)
+                marked = self._render([*messages[:i], message | {"content": _MARK}, *messages[i + 1 :]])
+                behind = marked.rpartition(_MARK)[2]
+                start, end = len(prompt), len(text) - len(behind)
+                if not text.startswith(prompt) or not text.endswith(behind) or start > end:
                     raise OlaError(
-                        f"chat_template: what it writes for turns 1 to {i + 1} changes with the turns after them, "
-                        "so that answers cannot be told from questions"
+                        f"chat_template: what it writes around turn {i + 1} changes with the turns after it or with "
+                        "what it says, so that answers cannot be told from questions"
                     )
-                spans.append(_Answer(len(question), len(answered.rstrip()), len(answered)))
+                closing = self._closing.match(text, end)
+                assert closing is not None  # every part of it is optional
+                spans.append(_Answer(start, max(end, closing.end(1)), closing.end()))
         return text, spans
 
     def _render(self, messages: list[dict[str, str]], reply: bool = False) -> str:
