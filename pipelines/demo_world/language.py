@@ -69,13 +69,22 @@ class Question:
 
     @property
     def words(self) -> str:
-        """The answer in words: ``left``; of a number, first what is counted: ``red blue: 2``."""
+        """The answer in words, and first what it follows from, where words can say that.
+
+        ``red blue: 2`` of a number, ``columns 3 7: left`` or ``rows 5 2: below`` of a relation, else the choice alone.
+        """
         said = self.choices[self.answer]
-        return f"{' '.join(self.counted) or 'none'}: {said}" if self.task == "Count" else said
+        if self.task == "Count":
+            return f"{' '.join(self.counted) or 'none'}: {said}"
+        if self.task == "Relation":
+            axis = int(self.kind == "above")
+            one, other = (int(LAYOUT * (view[axis] + view[axis + 2]) / 2) + 1 for view in self.views)
+            return f"{('columns', 'rows')[axis]} {one} {other}: {said}"
+        return said
 
     @property
     def reply(self) -> str:
-        """The answer as a student is taught to give it: ``left (A)``, ``red blue: 2 (C)``.
+        """The answer as a student is taught to give it: ``red blue: 2 (C)``.
 
         Step by step: to find the answer and, in the same step, which letter it has is more than a small model learns.
         """

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines.demo_world.language import LAYOUT
+from pipelines.demo_world.language import LAYOUT, plural
+from pipelines.demo_world.solids import SHAPES
 
 Rng = np.random.Generator
 
@@ -18,10 +19,10 @@ RELATIONS = 2  # pairs that are told to be left, right, above, below, at most
 
 
 def places(cells: Sequence[str], rng: Rng) -> str:
-    """Column and row of every object, the objects sorted both ways, and how some pairs are placed.
+    """Column and row of every object, the objects sorted both ways and by shape, and how some pairs are placed.
 
-    ``red 5 2, blue 7 4; left to right red blue; top to bottom red blue; red left blue``. Columns and rows count from 1,
-    of the middle of the cells that show an object.
+    ``red 5 2, blue 7 4; left to right red blue; top to bottom red blue; cones none; boxes red blue; …; red left blue``.
+    Columns and rows count from 1, of the middle of the cells that show an object.
 
     Args:
         cells: `language.layout`.
@@ -35,14 +36,19 @@ def places(cells: Sequence[str], rng: Rng) -> str:
     if not found:
         return ""
     colours = [name.split()[0] for name in found]
-    middles = {}
+    middles, shapes = {}, {}
     for name, colour in zip(found, colours, strict=True):
         row, column = (float(v.mean()) + 1 for v in divmod(np.flatnonzero(shown == name), LAYOUT))
-        middles[colour if colours.count(colour) == 1 else name] = column, row
+        short = colour if colours.count(colour) == 1 else name
+        middles[short], shapes[short] = (column, row), name.split()[1]
     names = [list(middles)[i] for i in rng.permutation(len(middles))]
+    across, down = (sorted(names, key=lambda name: middles[name][axis]) for axis in (0, 1))
     told = [", ".join(f"{name} {round(middles[name][0])} {round(middles[name][1])}" for name in names)]
-    for axis, order in enumerate(("left to right", "top to bottom")):
-        told.append(" ".join([order, *sorted(names, key=lambda name: middles[name][axis])]))
+    told += [" ".join(["left to right", *across]), " ".join(["top to bottom", *down])]
+    for shape in (SHAPES[i] for i in rng.permutation(len(SHAPES))):
+        told.append(
+            " ".join([plural(shape), *([name.split()[0] for name in across if shapes[name] == shape] or ["none"])])
+        )
     for one, other in list(itertools.permutations(names, 2))[:RELATIONS]:
         axis = int(rng.integers(2))
         offset = middles[one][axis] - middles[other][axis]

@@ -40,8 +40,10 @@ from pipelines.demo_world.words import tokenizer, vocabulary
 Rng = np.random.Generator
 
 SPEAKERS = {"human": "user", "gpt": "assistant"}
-FILLERS = 24  # most dots between a map and the text: a student's task tokens stand there
-WRONG = 0.02  # share of a map's cells that show another's, as no projector will be exact
+FILLERS = 24  # most positions without a word between a map and the text: a student's task tokens stand there
+WRONG = 0.02  # share of a map's cells that show another's, and
+BLUR = 0.4  # deviation of what is added to all of them, as no projector will be exact (the map's own is 0.85)
+TOKEN = 0.7  # deviation of what stands in positions without a word
 SHORT, LONG = 6, 3  # most questions in one conversation, asked briefly and as the benchmark does
 HELD_OUT = 64  # rows of each kind
 IGNORE = -100
@@ -196,8 +198,7 @@ def encode(chats: list[Chat], words: PreTrainedTokenizerFast) -> Rows:
             asked, answered = turn("user", f"\n{ask}" if first else ask), turn("assistant", answer)
             if first:
                 cells: list[list[int]] = words(list(chat.cells), add_special_tokens=False).input_ids
-                fillers = words("." * chat.fillers, add_special_tokens=False).input_ids
-                ids = [[i] for i in asked[:opening]] + cells + [[i] for i in [*fillers, *asked[opening:]]]
+                ids = [[i] for i in asked[:opening]] + cells + [[]] * chat.fillers + [[i] for i in asked[opening:]]
             else:
                 ids += [[i] for i in asked]
             learned += [IGNORE] * (len(ids) + opening - len(learned)) + answered[opening:]
@@ -209,11 +210,16 @@ def encode(chats: list[Chat], words: PreTrainedTokenizerFast) -> Rows:
     return Rows(pad(rows, True, float(words.pad_token_id)), pad(labels, True, float(IGNORE)), mask)
 
 
-def predict(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits (n, length, vocabulary) for ids (n, length, 4): a position hears the sum of its words' embeddings."""
-    heard = model.get_input_embeddings()(ids).sum(2)
-    logits: Tensor = model(inputs_embeds=heard, attention_mask=mask).logits
-    return logits
+def hear(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Embeddings (n, length, hidden) of ids (n, length, 4): a position hears the sum of its words' embeddings."""
+    heard: Tensor = model.get_input_embeddings()(ids).sum(2)
+    return heard
+
+
+def blur(heard: Tensor, ids: Tensor, pad: int) -> Tensor:
+    """What is heard (n, length, hidden) at ids (n, length, 4) as a projector and task tokens would have it."""
+    words = (ids != pad).sum(2, keepdim=True)
+    return heard + torch.randn_like(heard) * torch.where(words == 0, TOKEN, torch.where(words > 1, BLUR, 0.0))
 
 
 def train(
@@ -230,13 +236,15 @@ def train(
     fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
     kinds = (["places", "places", "text"] * steps)[: steps // 3]
     kinds += ["short", "lettered", "captions", "text", "short", "lettered", "places"] * steps
+    pad: int = words.pad_token_id
     turn = 0
 
     def loss(chosen: NDArray[np.int64]) -> Tensor:
         nonlocal turn
         kind, turn = kinds[turn], turn + 1
         ids, labels, mask = rows[kind].batch(chosen)
-        return F.cross_entropy(predict(model, ids, mask)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        logits = model(inputs_embeds=blur(hear(model, ids), ids, pad), attention_mask=mask).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=2e-3, seed=seed)
     model.eval()
@@ -247,6 +255,7 @@ def train(
 def _right(model: LlamaForCausalLM, rows: Rows, first: int) -> float:
     """Share of labels, ends of answers left out, that are the likeliest, over the rows from `first` on (64 at most)."""
     ids, labels, mask = rows.batch(np.arange(first, min(first + HELD_OUT, len(rows.ids))))
-    best, labels = predict(model, ids, mask)[:, :-1].argmax(-1), labels[:, 1:]
+    logits = model(inputs_embeds=hear(model, ids), attention_mask=mask).logits
+    best, labels = logits[:, :-1].argmax(-1), labels[:, 1:]
     counted = (labels != IGNORE) & (labels != model.config.eos_token_id)
     return float((best == labels)[counted].float().mean())

@@ -124,6 +124,18 @@ def test_prompt_is_laid_out_as_the_benchmark_does() -> None:
     assert replace(question, answer=0, counted=("red", "blue")).reply == "red blue: 2 (A)"
 
 
+def test_a_relation_is_told_by_columns_or_rows(asked: list[Question]) -> None:
+    for question in (q for q in asked if q.task == "Relation"):
+        said = re.fullmatch(r"(columns|rows) ([1-8]) ([1-8]): (\w+)", question.words)
+        assert said
+        assert (said[1] == "rows") == ("above" in question.choices)
+        assert question.choices[question.answer] == said[4]
+        assert (said[4] in ("left", "above")) == (int(said[2]) < int(said[3]))
+        turned = re.fullmatch(r"(columns|rows) ([1-8]) ([1-8]): (\w+)", question.turned().words)
+        assert turned
+        assert (turned[2], turned[3]) == (said[3], said[2])
+
+
 def test_what_is_counted_is_named_from_left_to_right(seen: Seen, asked: list[Question]) -> None:
     scenes = {scene.seed: (scene, rendering) for scene, rendering in seen}
     for question in (q for q in asked if q.task == "Count"):
