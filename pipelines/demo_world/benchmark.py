@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 
 from olavlm.eval.cv_bench import FILES, TASKS
 from pipelines.demo_world.cues import SINGLE_CUES, THREE_D, features, first_is_right, single_cues
-from pipelines.demo_world.language import LETTERS, Question
 from pipelines.demo_world.matching import Group
+from pipelines.demo_world.questions import LETTERS, Question
 
 SCHEMA = pa.schema(
     [

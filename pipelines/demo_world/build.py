@@ -14,19 +14,11 @@ from PIL import Image
 
 from olavlm.errors import OlaError
 from olavlm.eval.cv_bench import build_prompt
-from pipelines.demo_world.language import (
-    DESCRIBE,
-    TASKS,
-    Question,
-    caption,
-    layout,
-    questions,
-    segment_names,
-    text_only,
-)
+from pipelines.demo_world.captions import caption
 from pipelines.demo_world.matching import deal, evenly, matched
-from pipelines.demo_world.places import WHERE, places
+from pipelines.demo_world.places import WHERE, layout, places, segment_names
 from pipelines.demo_world.processes import CHUNK, in_processes
+from pipelines.demo_world.questions import DESCRIBE, TASKS, Question, questions, text_only
 from pipelines.demo_world.scenes import LEVELS, SPLITS, Rendering, Scene, render, sample_scene, scene_seed
 
 TURNS = 4  # most questions in one conversation

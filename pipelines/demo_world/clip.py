@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerFast
 
-from pipelines.demo_world.language import caption, surfaces
+from pipelines.demo_world.captions import caption, surfaces
 from pipelines.demo_world.samples import SIZE, Samples
 from pipelines.demo_world.scenes import Scene
 

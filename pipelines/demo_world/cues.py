@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pipelines.demo_world.language import Question, View
+from pipelines.demo_world.questions import Question, View
 
 Array = NDArray[np.float32]
 WEIGHTS = Path(__file__).parent / "weights" / "cues" / "model.safetensors"

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from pipelines.demo_world.cues import scores
-from pipelines.demo_world.language import Question
+from pipelines.demo_world.questions import Question
 
 Rng = np.random.Generator
 Group = list[Question]

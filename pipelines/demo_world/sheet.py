@@ -15,8 +15,9 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.demo_world.language import LETTERS, TASKS, Question, caption, questions
+from pipelines.demo_world.captions import caption
 from pipelines.demo_world.processes import render_split
+from pipelines.demo_world.questions import LETTERS, TASKS, Question, questions
 from pipelines.demo_world.scenes import CLASSES, EASY, Level
 
 #: One per class: stuff and pedestals muted, shapes apart also for colour-blind eyes (after Okabe and Ito).

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pipelines.demo_world.cues import THREE_D, features, first_is_right
-from pipelines.demo_world.language import Question, questions
 from pipelines.demo_world.processes import CHUNK, in_processes
+from pipelines.demo_world.questions import Question, questions
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import LEVELS, render, sample_scene, scene_seed
 

@@ -1,6 +1,6 @@
 """The student's language model: a small Llama that has read the world's language, and no image.
 
-What it reads are scenes as maps in words (`language.layout`), each followed by what is said and asked about a scene in
+What it reads are scenes as maps in words (`places.layout`), each followed by what is said and asked about a scene in
 two dimensions. So it can count and tell left from right before it sees. A cell of a map is one position in the
 sequence: the sum of the embeddings of its words (colour, shape, row, column). That is what a projector will put in its
 place, and all that pretraining has to teach.
@@ -21,17 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
-from pipelines.demo_world.language import (
-    DESCRIBE,
-    LAYOUT,
-    LETTERS,
-    Question,
-    deal_letters,
-    layout,
-    segment_names,
-    text_only,
-)
-from pipelines.demo_world.places import WHERE, places
+from pipelines.demo_world.places import LAYOUT, WHERE, layout, places, segment_names
+from pipelines.demo_world.questions import DESCRIBE, LETTERS, Question, deal_letters, text_only
 from pipelines.demo_world.samples import fit
 from pipelines.demo_world.scenes import COLOURS
 from pipelines.demo_world.solids import SHAPES
@@ -42,7 +33,7 @@ Rng = np.random.Generator
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 FILLERS = 24  # most positions without a word between a map and the text: a student's task tokens stand there
 WRONG = 0.02  # share of a map's cells that show another's, and
-BLUR = 0.4  # deviation of what is added to all of them, as no projector will be exact (the map's own is 0.85)
+BLUR = 0.2  # deviation of what is added to all of them, as no projector will be exact (the map's own is 0.85)
 TOKEN = 0.7  # deviation of what stands in positions without a word
 SHORT, LONG = 6, 3  # most questions in one conversation, asked briefly and as the benchmark does
 HELD_OUT = 64  # rows of each kind

@@ -16,8 +16,8 @@ from olavlm.eval import cv_bench
 from olavlm.eval.answers import parse_choice
 from pipelines.demo_world.benchmark import SCHEMA
 from pipelines.demo_world.build import TURNS, build_benchmark, build_split
-from pipelines.demo_world.language import DESCRIBE
 from pipelines.demo_world.places import WHERE
+from pipelines.demo_world.questions import DESCRIBE
 from pipelines.demo_world.scenes import SPLITS, render, sample_scene, scene_seed
 
 SCENES = 300  # of the benchmark

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from pipelines.demo_world import cues, train_cues
 from pipelines.demo_world.benchmark import fit_baselines
-from pipelines.demo_world.language import Question
+from pipelines.demo_world.questions import Question
 
 places, sizes = st.floats(0.0, 0.5), st.floats(0.1, 0.5)
 views = st.builds(

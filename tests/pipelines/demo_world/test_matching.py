@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.demo_world import cues
-from pipelines.demo_world.language import Question, questions
 from pipelines.demo_world.matching import CALIPER, deal, evenly, matched
+from pipelines.demo_world.questions import Question, questions
 from pipelines.demo_world.scenes import render, sample_scene, scene_seed
 
 NUMBERS, SIDES = ("0", "1", "2", "3"), ("left", "right")

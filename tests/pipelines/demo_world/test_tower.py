@@ -2,8 +2,7 @@ import numpy as np
 import torch
 
 from pipelines.demo_world.clip import positions
-from pipelines.demo_world.language import layout, segment_names
-from pipelines.demo_world.places import places
+from pipelines.demo_world.places import layout, places, segment_names
 from pipelines.demo_world.processes import render_split
 from pipelines.demo_world.samples import render_samples
 from pipelines.demo_world.train_tower import maps

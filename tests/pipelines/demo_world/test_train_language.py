@@ -9,7 +9,7 @@ import torch
 
 from pipelines.demo_world import train_language
 from pipelines.demo_world.build import Told, tell
-from pipelines.demo_world.language import LAYOUT
+from pipelines.demo_world.places import LAYOUT
 from pipelines.demo_world.train_language import IGNORE, Chat
 
 

@@ -14,9 +14,9 @@ from pipelines.demo_world.build import tell
 from pipelines.demo_world.card import model_card
 from pipelines.demo_world.features import decode, load_teachers, stored_targets
 from pipelines.demo_world.gates import Measured
-from pipelines.demo_world.language import text_only
 from pipelines.demo_world.make_teachers import GATES
 from pipelines.demo_world.probes import miou
+from pipelines.demo_world.questions import text_only
 from pipelines.demo_world.recipe import FULL, JOBS
 from pipelines.demo_world.records import Record, sha256, weights_file
 from pipelines.demo_world.samples import Samples, render_samples

@@ -1,18 +1,13 @@
-"""What can be said and asked about a scene: captions, CV-Bench's four tasks, conversations.
-
-Captions speak of colours, shapes, order across the image and surfaces, never of depth: else there would be nothing
-to distil.
-"""
+"""What can be asked about a scene: CV-Bench's four tasks, and questions about words alone."""
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipelines.demo_world.captions import plural
+from pipelines.demo_world.places import ORDERS
 from pipelines.demo_world.scenes import Rendering, Scene
 from pipelines.demo_world.solids import SHAPES
 
@@ -20,8 +15,6 @@ Rng = np.random.Generator
 
 TASKS = ("Count", "Relation", "Depth", "Distance")
 LETTERS = "ABCDEF"
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LAYOUT = 8  # cells along a side of the map in words: the patches of the student's tower
 ENOUGH = 0.0029  # an object that shows on a smaller share of the image is not asked about: 12 pixels of 64 x 64
 RELATIONS, DISTANCES = 4, 6  # pairs a scene is asked about, and pairs of distances to each object, at most
 DESCRIBE = (
@@ -71,15 +64,15 @@ class Question:
     def words(self) -> str:
         """The answer in words, and first what it follows from, where words can say that.
 
-        ``red blue: 2`` of a number, ``columns 3 7: left`` or ``rows 5 2: below`` of a relation, else the choice alone.
+        ``red blue: 2`` of a number, ``left to right blue red: right`` of a relation, else the choice alone.
         """
         said = self.choices[self.answer]
         if self.task == "Count":
             return f"{' '.join(self.counted) or 'none'}: {said}"
         if self.task == "Relation":
-            axis = int(self.kind == "above")
-            one, other = (int(LAYOUT * (view[axis] + view[axis + 2]) / 2) + 1 for view in self.views)
-            return f"{('columns', 'rows')[axis]} {one} {other}: {said}"
+            first, second = (name.removesuffix(" object") for name in self.names)
+            order = (first, second) if said in ("left", "above") else (second, first)
+            return f"{' '.join([ORDERS[said in ('above', 'below')], *order])}: {said}"
         return said
 
     @property
@@ -108,45 +101,6 @@ class Question:
             choices=choices,
             answer=len(choices) - 1 - self.answer,
         )
-
-
-def caption(scene: Scene, rng: Rng) -> str:
-    """One of several phrasings; names every object once, in order, or tells their places in pairs."""
-    places = scene.camera.project(np.stack([item.solid.centre for item in scene.objects]))
-    style = int(rng.integers(7))
-    order = places[:, int(style == 6)].argsort().tolist()
-    names = [scene.objects[i].name for i in order]
-    things = [_article(scene.objects[i].name) + (" on a pedestal" if scene.objects[i].pedestal else "") for i in order]
-    if style == 0:
-        text = f"From left to right: {_join(things)}."
-    elif style == 1:
-        text = f"The picture shows {NUMBERS[len(names)]} objects: {_join(things)}, in this order."
-    elif style == 2:
-        text = f"On the left there is {things[0]}. " + " ".join(f"Then comes {thing}." for thing in things[1:])
-    elif style == 3:
-        pairs = [f"The {a} is to the left of the {b}." for a, b in list(itertools.pairwise(names))[:2]]
-        text = f"There is {_join(things)}. " + " ".join(pairs)
-    elif style == 4:
-        text = f"From right to left: {_join(things[::-1])}."
-    elif style == 6:
-        text = f"From top to bottom: {_join(things)}."
-    else:
-        counts = [(NUMBERS[n], s) for s in SHAPES if (n := sum(o.solid.shape == s for o in scene.objects))]
-        text = f"There are {_join([f'{n} {s if n == NUMBERS[1] else plural(s)}' for n, s in counts])}: {_join(things)}."
-    if rng.random() < 0.5:
-        text += f" {surfaces(scene)}"
-    above = _stacked(scene, places[:, 1].tolist(), rng)
-    return f"{text} {above}" if above and rng.random() < 0.5 else text
-
-
-def surfaces(scene: Scene) -> str:
-    """One sentence on floor and wall."""
-    return f"The floor is {scene.floor.pattern} and the wall is {scene.wall.pattern}."
-
-
-def plural(shape: str) -> str:
-    """``box`` → ``boxes``."""
-    return shape + ("es" if shape.endswith("x") else "s")
 
 
 def questions(scene: Scene, rendering: Rendering, rng: Rng) -> list[Question]:
@@ -263,32 +217,6 @@ def text_only(rng: Rng) -> tuple[str, str]:
     )
 
 
-def segment_names(scene: Scene, rendering: Rendering) -> dict[int, str]:
-    """What every segment shows, by id: ``red sphere``, ``pedestal``, ``floor``, ``wall``."""
-    return {
-        s.id: s.category if s.object is None or s.category == "pedestal" else scene.objects[s.object].name
-        for s in rendering.segments
-    }
-
-
-def layout(panoptic: NDArray[np.integer[Any]], names: Mapping[int, str]) -> list[str]:
-    """The image as a map in words, ``LAYOUT × LAYOUT`` cells in reading order: what each shows most of.
-
-    An object wins a cell of which it fills a quarter. No depth is in it.
-
-    Args:
-        panoptic: segment ids (side, side).
-        names: as of `segment_names`.
-    """
-    side = len(panoptic) // LAYOUT
-    cells = panoptic.reshape(LAYOUT, side, LAYOUT, side).swapaxes(1, 2).reshape(LAYOUT**2, side**2)
-    filled = np.stack([(cells == id).sum(axis=1) for id in names], axis=1)
-    objects = np.array([" " in name for name in names.values()])
-    most = np.where(objects & (filled >= side**2 / 4), filled + side**2, filled).argmax(axis=1)
-    found = list(names.values())
-    return [found[i] for i in most]
-
-
 def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:
     """Shuffle every question's choices such that, within a kind, the right one has each letter equally often."""
     rows: dict[str, list[int]] = defaultdict(list)
@@ -304,24 +232,6 @@ def deal_letters(asked: list[Question], rng: Rng) -> list[Question]:
             choices.insert(answer, question.choices[question.answer])
             dealt[row] = replace(question, choices=tuple(choices), answer=answer)
     return dealt
-
-
-def _stacked(scene: Scene, heights: list[float], rng: Rng) -> str:
-    """One sentence on which of two objects is higher up in the image, if any two differ clearly."""
-    objects = range(len(scene.objects))
-    pairs = [(a, b) for a, b in itertools.permutations(objects, 2) if heights[a] < heights[b] - 0.24]
-    if not pairs:
-        return ""
-    a, b = (scene.objects[i].name for i in pairs[int(rng.integers(len(pairs)))])
-    return f"The {a} is above the {b}." if rng.random() < 0.5 else f"The {b} is below the {a}."
-
-
-def _article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
 def _number(shape: str, count: int) -> str:
