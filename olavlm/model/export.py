@@ -33,26 +33,7 @@ from olavlm.data.images import MEAN_COLOUR
 from olavlm.errors import OlaError
 from olavlm.model.configuration import OlaVlmConfig
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
-from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
-
-#: Turns every message's content into a text with the task tokens behind each image; the student's own template follows.
-#: Templates are rendered with `trim_blocks`: the newline at the end belongs to the last tag.
-TEMPLATE_HEAD = """\
-{%- set texts = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- set content = namespace(text='') -%}
-  {%- if message['content'] is string -%}
-    {%- set content.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- set content.text = content.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set text = content.text | replace('<image>', '@image_text') -%}
-  {%- set texts.messages = texts.messages + [{'role': message['role'], 'content': text}] -%}
-{%- endfor -%}
-{%- set messages = texts.messages %}
-"""
+from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, contents_as_text, task_token
 
 
 def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, out: Path) -> None:
@@ -74,7 +55,7 @@ def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcess
     """
     if processor.image_block != model.config.image_block:
         raise OlaError("processor: its ids of image and task tokens are not the model's; expected the model's own")
-    template = TEMPLATE_HEAD.replace("@image_text", image_text(processor)) + str(processor.chat_template)
+    template = contents_as_text(image_text(processor)) + str(processor.chat_template)
     stock_processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         _image_processor(processor),
         _tokenizer(processor, template),
