@@ -154,7 +154,7 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         return model
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> Any:
         """transformers' own, for beams and samples; here every copy of a row brings all of the row's images along."""
         pixel_values = kwargs.pop("pixel_values", None)
