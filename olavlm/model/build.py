@@ -184,6 +184,13 @@ def _load_language_model(language_model: str, dtype: torch.dtype) -> tuple[Any, 
             f"{key}: {_where(weights)} holds a {model.config.model_type!r} model; expected a decoder with `layers`, "
             "a final `norm` and a head without bias, as Llama, Mistral, Qwen and Phi-3 have"
         )
+    with torch.no_grad():
+        out = model(torch.arange(4)[None], output_hidden_states=True)  # 0 alone is padding to some, and all zeros
+        if not torch.equal(head(out.hidden_states[-1]).float(), out.logits.float()):
+            raise OlaError(
+                f"{key}: {_where(weights)} holds a {model.config.model_type!r} model, which scales or caps what its "
+                "head gives; a student, as LLaVA, has the head alone"
+            )
     return model, _load(key, weights, lambda: AutoTokenizer.from_pretrained(weights, **gguf))
 
 

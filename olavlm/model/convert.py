@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Generati
 
 from olavlm.data.folder import new_folder
 from olavlm.errors import OlaError
-from olavlm.model.configuration import OlaVlmConfig
+from olavlm.model.configuration import OlaVlmConfig, image_tokens
+from olavlm.model.distill import INITIAL_LOGIT_SCALE
 from olavlm.model.modeling import PARTS, OlaVlmForConditionalGeneration
 from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
 from olavlm.model.published import (
@@ -38,9 +39,6 @@ from olavlm.model.tensor_files import SHARD_BYTES, TensorFiles, write_tensors
 
 #: The published id of an image in the text. Where there is no tokenizer, task tokens get the ids below it.
 PUBLISHED_IMAGE_ID = -200
-
-#: What training starts from, published and here.
-INITIAL_LOGIT_SCALE = 2.0
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
@@ -161,7 +159,7 @@ def student_config(
         text_config=text_config,
         vision_config=vision_config,
         vision_feature_layer=published.vision_feature_layer,
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        **image_tokens(vision_config),
         image_token_index=ids[0],
         task_token_ids=ids[1],
         tasks=published.tasks,

@@ -18,6 +18,9 @@ from olavlm.model.predictor import EmbeddingPredictor
 #: Hidden states by layer: a dictionary, or what transformers returns as ``hidden_states`` (whose entry 0 is no layer).
 HiddenStates = Mapping[int, Tensor] | Sequence[Tensor]
 
+#: What a contrastive loss's log-scale starts from, as published.
+INITIAL_LOGIT_SCALE = 2.0
+
 
 class TaskTokens(nn.ParameterDict):
     """Each task's learnable table, N(0, 1)."""
@@ -32,9 +35,9 @@ class LogitScales(nn.ParameterDict):
     """Each task's learnable log-scale of the cosines in its contrastive loss."""
 
     def reset_parameters(self) -> None:
-        """Back to the published start."""
+        """Back to `INITIAL_LOGIT_SCALE`."""
         for scale in self.parameters():
-            nn.init.constant_(scale, 2.0)
+            nn.init.constant_(scale, INITIAL_LOGIT_SCALE)
 
 
 class EmbeddingStack(nn.Module):

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -34,26 +33,7 @@ from olavlm.data.images import MEAN_COLOUR
 from olavlm.errors import OlaError
 from olavlm.model.configuration import OlaVlmConfig
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
-from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
-
-#: Turns every message's content into a text with the task tokens behind each image; the student's own template follows.
-#: Templates are rendered with `trim_blocks`: the newline at the end belongs to the last tag.
-TEMPLATE_HEAD = """\
-{%- set texts = namespace(messages=[]) -%}
-{%- for message in messages -%}
-  {%- set content = namespace(text='') -%}
-  {%- if message['content'] is string -%}
-    {%- set content.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- set content.text = content.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set text = content.text | replace('<image>', '@image_text') -%}
-  {%- set texts.messages = texts.messages + [{'role': message['role'], 'content': text}] -%}
-{%- endfor -%}
-{%- set messages = texts.messages %}
-"""
+from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, contents_as_text, task_token
 
 
 def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, out: Path) -> None:
@@ -75,7 +55,7 @@ def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcess
     """
     if processor.image_block != model.config.image_block:
         raise OlaError("processor: its ids of image and task tokens are not the model's; expected the model's own")
-    template = TEMPLATE_HEAD.replace("@image_text", image_text(processor)) + str(processor.chat_template)
+    template = contents_as_text(image_text(processor)) + str(processor.chat_template)
     stock_processor = LlavaProcessor(  # type: ignore[no-untyped-call]
         _image_processor(processor),
         _tokenizer(processor, template),
@@ -112,18 +92,13 @@ def load_for_inference(
         config = OlaVlmConfig.from_pretrained(folder)
         if not predictors:
             config.tasks = [task | {"layers": []} for task in config.tasks or []]
-        loaded: Any = OlaVlmForConditionalGeneration.from_pretrained(folder, config=config, output_loading_info=True)
+        model = OlaVlmForConditionalGeneration.from_pretrained(folder, config=config)
         processor = OlaVlmProcessor.from_pretrained(folder)
     except OlaError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OlaError(f"{folder}: cannot be loaded: {reason}") from None
-    model, info = loaded
-    unknown = [name for name in info["unexpected_keys"] if predictors or not name.startswith("predictors.")]
-    for what, names in (("missing", sorted(info["missing_keys"])), ("unknown", sorted(unknown))):
-        if names:
-            raise OlaError(f"{folder}: {len(names)} tensors {what}, among them {names[0]}")
     return model, processor
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -121,30 +122,53 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`, which refuses a checkpoint that is not exactly this model's.
 
-        With ``output_loading_info=True`` what is missing is initialised like new, what is too much is left out, and
-        both are reported beside the model.
+        A configuration without a predictor leaves those of the checkpoint unread. With ``output_loading_info=True``
+        what is missing is initialised like new, what is too much is left out, and both are reported beside the model.
 
         Raises:
-            OlaError: tensors that are missing, unknown or of another shape.
+            OlaError: tensors that are missing, unknown or of another shape; a damaged file.
         """
+        where = args[0] if args else kwargs.get("pretrained_model_name_or_path", "checkpoint")
         if not output_loading_info:
             kwargs["ignore_mismatched_sizes"] = True  # reported with everything else
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OlaError(f"{where}: cannot be loaded, a file of weights is damaged: {error}") from None
         model, info = loaded
         for module in model.predictors.modules():
             if isinstance(module, EmbeddingPredictor):
                 module.freeze_unused()  # transformers makes every loaded parameter trainable
         if output_loading_info:
             return loaded
-        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        unread = () if any(task.layers for task in model.tasks) else PARTS["predictors"]
+        missing = sorted(info["missing_keys"])
+        unknown = sorted(name for name in info["unexpected_keys"] if not name.startswith(unread))
         faults = [f"lacks {len(missing)} tensors, among them {missing[0]}"] if missing else []
         faults += [f"has {len(unknown)} unknown tensors, among them {unknown[0]}"] if unknown else []
         faults += [
             f"{name} is {tuple(found)}, expected {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
         ][:1]
         if faults:
-            raise OlaError(f"{args[0] if args else 'checkpoint'}: {'; '.join(faults)}")
+            raise OlaError(f"{where}: {'; '.join(faults)}")
         return model
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """transformers' own, for beams and samples; here every copy of a row brings all of the row's images along."""
+        pixel_values = kwargs.pop("pixel_values", None)
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        if pixel_values is not None and input_ids is not None:
+            row = find_images(input_ids, self.config).row
+            if 0 < len(row) == len(pixel_values):  # else `forward` refuses
+                copy = torch.arange(expand_size, device=row.device).repeat_interleave(len(row))
+                order = (row.repeat(expand_size) * expand_size + copy).argsort(stable=True) % len(row)
+                pixel_values = pixel_values[order.to(pixel_values.device)]
+            kwargs["pixel_values"] = pixel_values
+        return ids, kwargs
 
     @contextmanager
     def capture(self, layers: set[int]) -> Iterator[dict[int, Tensor]]:

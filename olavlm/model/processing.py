@@ -29,6 +29,33 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
 )
 
+#: Turns every message's content into a text, for the template that follows.
+#: Templates are rendered with `trim_blocks`: the newline at the end belongs to the last tag.
+_CONTENTS_AS_TEXT = """\
+{%- set texts = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set content = namespace(text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set content.text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- set content.text = content.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set text = content.text | replace('<image>', '@image_text') -%}
+  {%- set texts.messages = texts.messages + [{'role': message['role'], 'content': text}] -%}
+{%- endfor -%}
+{%- set messages = texts.messages %}
+"""
+
+#: What a caller may ask of `__call__` because it is what is done.
+_DONE_ANYWAY: dict[str, tuple[Any, ...]] = {
+    "return_tensors": ("pt",),
+    "padding": (True, "longest"),
+    "padding_side": ("left",),
+    "add_special_tokens": (False,),
+}
+
 #: Stands for an answer where its place in the rendered conversation is looked for.
 _MARK = "\x00answer\x00"
 
@@ -38,6 +65,15 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 def task_token(task: str, index: int) -> str:
     """The special token that marks the position of a task's `index`-th inserted token."""
     return f"<{task}_{index}>"
+
+
+def contents_as_text(image_text: str = IMAGE_TOKEN) -> str:
+    """The beginning of a chat template: contents in parts (``[{"type": "image"}, {"type": "text", …}]``) become texts.
+
+    Args:
+        image_text: what is written for every image, be it a part or an ``<image>`` in a text.
+    """
+    return _CONTENTS_AS_TEXT.replace("@image_text", image_text)
 
 
 class _Answer(NamedTuple):
@@ -59,7 +95,8 @@ class OlaVlmProcessor(ProcessorMixin):
         image_seq_length: image tokens per image.
         task_tokens: pairs of task and number of inserted tokens, in the order of the sequence (a list, because a saved
             dictionary comes back sorted).
-        chat_template: default: the tokenizer's, or `DEFAULT_CHAT_TEMPLATE` where it has none.
+        chat_template: default: the tokenizer's, or `DEFAULT_CHAT_TEMPLATE` where it has none. transformers'
+            `apply_chat_template` takes contents in parts with any of them.
     """
 
     def __init__(
@@ -77,6 +114,7 @@ class OlaVlmProcessor(ProcessorMixin):
                 f"tokenizer: {type(tokenizer).__name__}; expected a fast one, which tells where its tokens are"
             )
         template = chat_template or tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        template = contents_as_text() + template.removeprefix(contents_as_text())  # a saved one has it already
         super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
         self.view: View = view
         self.image_size = image_size
@@ -172,13 +210,12 @@ class OlaVlmProcessor(ProcessorMixin):
         """How many images a sequence of token ids has room for."""
         return int((input_ids == self.image_token_id).sum()) // self.image_seq_length
 
-    def __call__(
-        self, images: Sequence[Image.Image] | None = None, text: str | Sequence[str] = (), **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] = (), **kwargs: Any) -> BatchFeature:
         """A batch for `generate`.
 
         Args:
-            images: all images of the batch, in the order of their ``<image>`` in the texts.
+            images: all images of the batch, in the order of their ``<image>`` in the texts: one, a list, or a list of
+                each text's.
             text: prompts as `prompt` renders them (no special tokens are added).
 
         Returns:
@@ -188,12 +225,12 @@ class OlaVlmProcessor(ProcessorMixin):
         Raises:
             OlaError: images and ``<image>`` do not match in number, task tokens in the text, unknown arguments.
         """
-        if kwargs.pop("return_tensors", "pt") != "pt" or kwargs:
-            raise OlaError(
-                f"processor: unknown arguments {', '.join(kwargs) or 'return_tensors'}; takes images and text"
-            )
+        for name, value in kwargs.items():
+            if value is not None and value not in _DONE_ANYWAY.get(name, ()):
+                known = " or ".join(map(repr, _DONE_ANYWAY.get(name, ())))
+                raise OlaError(f"processor: {name}: {value!r}; expected {known or 'images and text only'}")
         texts = [text] if isinstance(text, str) else list(text)
-        images = list(images or [])
+        images = _flat(images)
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         wanted = sum(ids.count(self.image_token_id) for ids in encoded)
         if wanted != len(images):
@@ -261,6 +298,15 @@ class OlaVlmProcessor(ProcessorMixin):
         if found is None:
             raise OlaError(f"tokenizer: does not know {token!r}; `build_student` adds the student's special tokens")
         return int(found)
+
+
+def _flat(images: Any) -> list[Image.Image]:
+    """None, an image or lists of them as one list."""
+    if images is None or isinstance(images, Image.Image):
+        return [] if images is None else [images]
+    if not isinstance(images, list | tuple):
+        raise OlaError(f"images: {type(images).__name__}; expected PIL images")
+    return [image for some in images for image in _flat(some)]
 
 
 def _messages(turns: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -178,9 +178,9 @@ def test_a_model_that_is_none(run: Run, student: Path, picture: Path, tmp_path: 
     save_file(
         {n: t for n, t in state.items() if n != "lm_head.weight"}, tmp_path / "model.safetensors", {"format": "pt"}
     )
-    refused("1 tensors missing, among them lm_head.weight")
+    refused("lacks 1 tensors, among them lm_head.weight")
     save_file(state | {"teacher.weight": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    refused("1 tensors unknown, among them teacher.weight")
+    refused("has 1 unknown tensors, among them teacher.weight")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     refused("cannot be loaded")
 

@@ -10,10 +10,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForCausalLM,
     CLIPVisionModel,
+    CohereConfig,
+    Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -26,6 +31,14 @@ TASKS = [
     {"name": "gen", "kind": "pooled", "queries": 1, "width": 12, "layers": [2]},
     {"name": "depth", "kind": "dense", "queries": 16, "width": 20, "layers": [1], "depth_mlps": True},
 ]
+SMALL = {
+    "vocab_size": 20,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 
 
@@ -134,6 +147,23 @@ def test_models_of_another_kind_are_refused(
         build_student(language_model, language_model, [])
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20)).save_pretrained(tmp_path)
     with pytest.raises(OlaError, match="holds a 'gpt2' model; expected a decoder with `layers`"):
+        build_student(tower, str(tmp_path), [])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(logits_scaling=8.0, pad_token_id=0, **SMALL),
+        CohereConfig(logit_scale=0.1, **SMALL),
+        Gemma2Config(final_logit_softcapping=0.1, head_dim=8, **SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_language_model_whose_logits_a_head_alone_does_not_give_is_refused(
+    config: PreTrainedConfig, tower: str, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(OlaError, match=f"holds a '{config.model_type}' model, which scales or caps what its head"):
         build_student(tower, str(tmp_path), [])
 
 

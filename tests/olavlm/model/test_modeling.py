@@ -419,6 +419,28 @@ def test_a_checkpoint_that_is_not_exactly_the_models_is_refused(
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
+def test_a_torn_checkpoint_is_refused(student: Student, tmp_path: Path) -> None:
+    student[0].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OlaError, match=f"^{tmp_path}: cannot be loaded, a file of weights is damaged"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_a_configuration_without_predictors_leaves_those_of_the_checkpoint_unread(
+    student: Student, tmp_path: Path
+) -> None:
+    model, _ = student
+    model.save_pretrained(tmp_path)
+    config = OlaVlmConfig.from_pretrained(tmp_path)
+    config.tasks = [task | {"layers": []} for task in config.tasks or []]
+    again = OlaVlmForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    assert again.state_dict().keys() == {n for n in model.state_dict() if not n.startswith("predictors.")}
+    config.tasks[1]["layers"] = [1]  # of two
+    with pytest.raises(OlaError, match=r"has \d+ unknown tensors, among them predictors.depth.3"):
+        OlaVlmForConditionalGeneration.from_pretrained(tmp_path, config=config)
+
+
 @torch.no_grad()
 def test_generation_equals_decoding_step_by_step_without_a_cache(student: Student, images: list[Image.Image]) -> None:
     """A batch of one image, no image, several turns with two images: row by row, each new token from the whole row."""
@@ -441,6 +463,19 @@ def test_generation_equals_decoding_step_by_step_without_a_cache(student: Studen
             logits[:, suppressed] = -torch.inf
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
         assert_close(got[row], ids[0, one["input_ids"].shape[1] :])
+
+
+@torch.no_grad()
+def test_every_beam_of_a_row_sees_all_of_its_images(student: Student, images: list[Image.Image]) -> None:
+    model, processor = student
+    model.generation_config.eos_token_id = None
+    prompts = [processor.prompt([{"from": "human", "value": text}]) for text in ("<image> <image> what", "<image> two")]
+    inputs = processor(text=[*prompts, "what"], images=images)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    embeds = model.embed(ids, find_images(ids, model.config), model.image_features(pixels))
+    mask = inputs["attention_mask"]
+    expected = model.generate(inputs_embeds=embeds, attention_mask=mask, num_beams=3, max_new_tokens=6)
+    assert torch.equal(model.generate(**inputs, num_beams=3, max_new_tokens=6)[:, ids.shape[1] :], expected)
 
 
 @torch.no_grad()

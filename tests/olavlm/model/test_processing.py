@@ -163,8 +163,50 @@ def test_a_batch_for_generation_is_padded_on_the_left(processor: OlaVlmProcessor
 def test_images_and_placeholders_must_match(processor: OlaVlmProcessor, images: list[Image.Image]) -> None:
     with pytest.raises(OlaError, match="images: 2 given; the texts have 1 <image>"):
         processor(text="<image> what", images=images[:2])
-    with pytest.raises(OlaError, match="unknown arguments padding"):
-        processor(text="what", padding=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"padding": "max_length"}, "padding: 'max_length'; expected True or 'longest'"),
+        ({"return_tensors": "np"}, "return_tensors: 'np'; expected 'pt'"),
+        ({"videos": [1]}, r"videos: \[1\]; expected images and text only"),
+        ({"images": np.zeros((4, 4, 3))}, "images: ndarray; expected PIL images"),
+    ],
+)
+def test_what_a_processor_does_not_do_is_refused(
+    processor: OlaVlmProcessor, kwargs: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OlaError, match=message):
+        processor(text="what", **kwargs)
+
+
+def test_messages_as_transformers_has_them(processor: OlaVlmProcessor, images: list[Image.Image]) -> None:
+    """Contents in parts, images in lists for each text or in the messages themselves; the saved template likewise."""
+    image, text = {"type": "image", "image": images[0]}, {"type": "text", "text": "what is this"}
+    parts = [
+        {"role": "user", "content": [image, text]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cube"}]},
+        {"role": "user", "content": "this"},
+    ]
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is this"},
+        {"from": "gpt", "value": "a cube"},
+        {"from": "human", "value": "this"},
+    ]
+    prompt = processor.prompt(turns)
+    assert processor.apply_chat_template(parts, add_generation_prompt=True) == prompt
+    expected = processor(images=images[:1], text=[prompt])
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    for got in (
+        processor(images=images[0], text=prompt, padding=True, return_tensors="pt"),
+        processor(images=[[images[0]]], text=[prompt]),
+        processor.apply_chat_template(parts, return_tensors="pt", **options),
+        processor.apply_chat_template([parts], return_tensors="pt", padding=True, **options),
+    ):
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(got[name], expected[name])
 
 
 def test_round_trip(make_student: Callable[..., Student], images: list[Image.Image], tmp_path: Path) -> None:
@@ -173,6 +215,7 @@ def test_round_trip(make_student: Callable[..., Student], images: list[Image.Ima
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, OlaVlmProcessor)
     assert (again.view, again.image_block) == ("pad", processor.image_block)
+    assert again.chat_template == processor.chat_template
     turns = talk("<image> what is this", "a cube")
     for got, expected in zip(
         again.encode_conversation(turns, 100), processor.encode_conversation(turns, 100), strict=True
