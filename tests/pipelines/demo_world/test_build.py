@@ -93,7 +93,8 @@ def test_finetuning_rows_ask_as_the_benchmark_does(finetune: Path) -> None:
             said, letter = gpt["value"].rsplit(" ", 1)
             choice = said.rsplit(": ", 1)[-1]
             assert f"\n{letter} {choice}" in human["value"], "an answer is one of the choices, in words and by letter"
-            assert (choice != said) == ("How many" in asked), "of a number, first what is counted"
+            derived = "How many" in asked or "relative positions" in asked
+            assert (choice != said) == derived, "numbers and relations follow from what is said first"
             assert parse_choice(gpt["value"], re.findall(r"\n\(\w\) (.+)", human["value"])) == letter[1]
     for row in rows:
         if "image" not in row:
