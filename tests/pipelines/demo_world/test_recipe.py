@@ -82,7 +82,7 @@ def test_ctrl_c_ends_everything_and_leaves_nothing_that_looks_finished(tmp_path:
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if "depth: step" in line:
+        if "rendered in" in line:
             os.killpg(process.pid, signal.SIGINT)
             break
     rest, _ = process.communicate(timeout=60)  # returns when the last process that could write has ended
