@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from olavlm.data.atomic import replace
+from olavlm.data.folder import fsync
 from olavlm.errors import OlaError
 
 Named = dict[str, nn.Parameter]
@@ -58,7 +59,7 @@ def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Opti
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         replace(temporary / "state.json", json.dumps({"step": step, "files": files}, indent=2).encode())
         os.rename(temporary, final)
-        _fsync(folder)
+        fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -133,13 +134,4 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
         raise
-    _fsync(file)
-
-
-def _fsync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync(file)

@@ -38,7 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary):
-            _fsync(file)
+            fsync(file)
         os.rename(temporary, path)
     except SafetensorError as error:
         if "No space left" in str(error):
@@ -46,10 +46,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Make a file's content, or a folder's entries, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
