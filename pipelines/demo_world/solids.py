@@ -112,7 +112,7 @@ def normals_at(solid: Solid, points: Vector) -> Vector:
         return np.stack([x, y, z - solid.radius]) / np.float32(solid.radius)
     slope = 0.0 if solid.shape == "cylinder" else solid.radius / solid.height
     away = np.hypot(x, y)
-    on_cap = away < solid.radius - slope * z - 1e-3  # nearer to the axis than the side is
+    on_cap = np.minimum(z, solid.height - z) < solid.radius - slope * z - away  # nearer to an end than to the side
     cap = np.copysign(np.float32(1), z - solid.height / 2)
     length = np.maximum(away, np.float32(1e-6)) * math.hypot(1, slope)
     up = np.float32(slope / math.hypot(1, slope))
