@@ -125,6 +125,15 @@ class StudentConfig(Section):
     parameters: float | None = None  # billions, for `plan` without weights
 
 
+class LoraConfig(Section):
+    """Low-rank adaptation of the language model (arXiv 2106.09685); the defaults are LLaVA-1.5's."""
+
+    rank: Positive = 128
+    alpha: Positive = 256  # the update is scaled by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    layers: list[str] | None = None  # names of linear layers, e.g. q_proj; default: every one in the decoder's blocks
+
+
 class StageConfig(Section):
     """One training stage (pretrain, vpt, finetune)."""
 
@@ -135,6 +144,7 @@ class StageConfig(Section):
     allow_view_mismatch: bool = False
     max_missing: Fraction = 0.01  # share of images that may lack a target before the job refuses to start
     trainable: list[Part]
+    lora: LoraConfig | None = None  # trains adapters in place of the language model's own weights; exported merged
     losses: dict[str, Annotated[float, Field(ge=0)]] = {}  # embedding-loss weight by task; empty: next-token only
     contrastive: Annotated[float, Field(ge=0)] = 0.3
     lr: Annotated[float, Field(gt=0)]
@@ -228,6 +238,8 @@ class PipelineConfig(Section):
                 known(f"stages.{name}.weights", data, stage.data)
             for task in stage.losses:
                 known(f"stages.{name}.losses", task, self.student.layers)
+            if stage.lora and "language_model" not in stage.trainable:
+                raise ValueError(f"stages.{name}.lora: needs language_model among stages.{name}.trainable")
             if stage.global_batch % stage.micro_batch:
                 raise ValueError(
                     f"stages.{name}.micro_batch: {stage.micro_batch} does not divide global_batch {stage.global_batch}"

@@ -80,12 +80,14 @@ def _add_parameters(
     table: Table, config: PipelineConfig, stage: StageConfig, model: OlaVlmForConditionalGeneration
 ) -> None:
     """Rows on parameters and the memory they take on every device."""
-    trained = 0
-    for part, pairs in parameter_groups(model).items():
-        count = sum(p.numel() for _, p in pairs)
-        if part in stage.trainable:
-            trained += count
-        table.add_row(f"  {part}", f"{count:,} {'trained' if part in stage.trainable else 'frozen'}")
+    sizes = {part: sum(p.numel() for _, p in pairs) for part, pairs in parameter_groups(model).items()}
+    if stage.lora:
+        student.adapt(model, stage.lora, config.seed)
+    trains = {part: sum(p.numel() for _, p in pairs) for part, pairs in student.trainable(model, stage).items()}
+    for part, count in sizes.items():
+        of_these = f", {trains[part]:,} of adapters trained" if stage.lora and part == "language_model" else " trained"
+        table.add_row(f"  {part}", f"{count:,}{of_these if part in trains else ' frozen'}")
+    trained = sum(trains.values())
     frozen = sum(p.numel() for p in model.parameters()) - trained
     table.add_row("trained parameters", f"{trained:,}")
     tasks = [config.teachers[task] for task, weight in stage.losses.items() if weight]

@@ -68,6 +68,7 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
     steps = total_steps(order, stage)
 
     processor.view = stage.view
+    adapters = student.adapt(model, stage.lora, config.seed) if stage.lora else None
     parts = student.prepare(model, stage, world.device)
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
     world.broadcast(list(parameters.values()))
@@ -92,6 +93,8 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         speed = log.close()
     if world.rank > 0:
         return {}
+    if adapters:
+        adapters.merge_and_unload()
     export(model, processor, folder / "model", stage)
     return _summary(folder, model, parts, steps, order, speed)
 

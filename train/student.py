@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from olavlm import runs
-from olavlm.config import PipelineConfig, StageConfig
+from olavlm.config import LoraConfig, PipelineConfig, StageConfig
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor, build_student, parameter_groups
 from olavlm.model.configuration import check_image_tokens
@@ -124,6 +124,41 @@ def _check_tasks(config: PipelineConfig, stage: str, folder: Path, model: OlaVlm
                 raise OlaError(f"{folder}: task {task['name']} has {key} {have}, the pipeline says {want}")
 
 
+def adapt(model: OlaVlmForConditionalGeneration, lora: LoraConfig, seed: int) -> Any:
+    """Put low-rank adapters into the language model, in place; they change nothing until they are trained.
+
+    Args:
+        model: the student.
+        lora: rank, scale, and the layers that get one.
+        seed: of the adapters' initial weights.
+
+    Returns:
+        peft's `LoraModel`; its ``merge_and_unload()`` adds the adapters to the weights and leaves a plain student.
+
+    Raises:
+        OlaError: the language model has no layer of such a name.
+    """
+    import peft
+
+    settings = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.layers or "all-linear"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return peft.LoraModel(model.model.language_model, settings, "default")
+        except ValueError as error:
+            raise OlaError(f"lora.layers: {lora.layers}; {error}") from None
+
+
+def trainable(model: OlaVlmForConditionalGeneration, stage: StageConfig) -> Parts:
+    """The parameters a stage trains; of a language model with adapters, these alone."""
+    groups = parameter_groups(model)
+    if stage.lora:
+        groups["language_model"] = [pair for pair in groups["language_model"] if ".lora_" in pair[0]]
+    return {part: groups[part] for part in stage.trainable}
+
+
 def prepare(model: OlaVlmForConditionalGeneration, stage: StageConfig, device: torch.device) -> Parts:
     """Make a student ready for a stage: only its trainable parts require gradients, and those are kept in fp32.
 
@@ -132,10 +167,9 @@ def prepare(model: OlaVlmForConditionalGeneration, stage: StageConfig, device: t
     Returns:
         The trainable parameters with their names, by part.
     """
-    groups = parameter_groups(model)
-    trainable: Parts = {part: groups[part] for part in stage.trainable}
+    parts = trainable(model, stage)
     model.requires_grad_(False)
-    for _, parameter in (pair for pairs in trainable.values() for pair in pairs):
+    for _, parameter in (pair for pairs in parts.values() for pair in pairs):
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()
     model.to(device)  # type: ignore[arg-type]
@@ -147,4 +181,4 @@ def prepare(model: OlaVlmForConditionalGeneration, stage: StageConfig, device: t
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
-    return trainable
+    return parts

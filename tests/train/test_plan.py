@@ -28,6 +28,8 @@ def test_with_the_parts_there_parameters_are_counted(
     text = capsys.readouterr().out
     for expected in ("24 (counted)", "projector", "1,600 trained", "vision_tower", "memory per device"):
         assert expected in text
+    plan(world.config(f"run_dir={tmp_path}", "stages.finetune.lora={rank: 2, layers: [q_proj]}"), "finetune")
+    assert ", 256 of adapters trained" in capsys.readouterr().out  # 2 layers · 2 · (32 + 32)
     plan(config, "probe")
     assert "initial, pretrain" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

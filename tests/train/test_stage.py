@@ -60,6 +60,51 @@ def test_only_the_trainable_parts_change(world: Any, tmp_path: Path) -> None:
     assert not any(name.startswith(("predictors", "task_tokens", "logit_scales")) for name in changed)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_trains_adapters_and_exports_them_merged(world: Any, tmp_path: Path, dtype: str) -> None:
+    config = world.config(
+        f"run_dir={tmp_path}", "stages.finetune.lora={rank: 2, layers: [q_proj]}", f"stages.finetune.dtype={dtype}"
+    )
+    run(config, "pretrain")
+    run(config, "finetune")
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("pretrain", "finetune"))
+    assert first.keys() == second.keys()
+    changed = {name for name in first if not torch.equal(first[name].to(second[name].dtype), second[name])}
+    of_llm = {name for name in changed if name.startswith("model.language_model")}
+    assert of_llm
+    assert all("q_proj" in name for name in of_llm)
+    for name in of_llm if dtype == "float32" else ():
+        assert torch.linalg.matrix_rank(second[name] - first[name], rtol=1e-3) <= 2
+    done = runs.finished(tmp_path / "finetune")
+    assert done is not None
+    hidden = AutoModelForImageTextToText.from_pretrained(tmp_path / "finetune" / "model").config.text_config.hidden_size
+    assert done["trained_parameters"]["language_model"] == len(of_llm) * 2 * 2 * hidden
+
+
+def test_promise_5_resumable_with_adapters(
+    world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("stages.pretrain.trainable=[projector,language_model]", "stages.pretrain.lora={rank: 2, dropout: 0.2}")
+    run(world.config(f"run_dir={tmp_path}/whole", *settings), "pretrain")
+    config = world.config(f"run_dir={tmp_path}/broken", *settings)
+    at_step(3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, "pretrain")
+    monkeypatch.undo()
+    run(config, "pretrain")
+    assert weights(tmp_path / "broken" / "pretrain") == weights(tmp_path / "whole" / "pretrain")
+
+
+def test_lora_of_layers_the_model_has_not_is_refused(world: Any, tmp_path: Path) -> None:
+    config = world.config(
+        f"run_dir={tmp_path}", "stages.pretrain.trainable=[language_model]", "stages.pretrain.lora={layers: [conv]}"
+    )
+    with pytest.raises(OlaError, match=r"lora.layers: \['conv'\]"):
+        run(config, "pretrain")
+    with pytest.raises(OlaError, match=r"stages.finetune.lora: needs language_model"):
+        world.config("stages.finetune.trainable=[projector]", "stages.finetune.lora={}")
+
+
 def test_the_exported_model_is_an_ordinary_folder(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1", "stages.pretrain.dtype=bfloat16")
     run(config, "pretrain")
