@@ -156,6 +156,7 @@ class StageConfig(Section):
     global_batch: Positive
     micro_batch: Positive
     group_by_length: bool = False
+    shuffle_window: Positive | None = None  # samples; default: shuffled over the whole epoch (see train/order.py)
     clip: Annotated[float, Field(gt=0)] = 1.0
     max_length: Positive = 4096
     dtype: Dtype = "float32"

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 _ROUNDS = 8
+#: Samples that stay together under a windowed shuffle: neighbours on disk, read at about the same time.
+RUN = 256
 #: Length grouping sorts inside windows of this many global batches.
 MEGABATCH = 64
 
 
-def permute(index: Ints, n: int, *key: object) -> Ints:
-    """The image of `index` under a permutation of ``[0, n)`` chosen by `key`.
+def permute(index: Ints, n: int, *key: object, inverse: bool = False) -> Ints:
+    """The image of `index` under a permutation of ``[0, n)`` chosen by `key`; with `inverse`, where it comes from.
 
     A Feistel network (Luby & Rackoff 1988) on the smallest even number of bits that holds n, with cycle walking (Black
     & Rogaway 2002): what falls outside ``[0, n)`` is permuted again until it is inside, at most 4 times on average.
@@ -40,8 +42,12 @@ def permute(index: Ints, n: int, *key: object) -> Ints:
     while pending.any():
         x = out[pending]
         left, right = x >> half, x & mask
-        for k in keys:
-            left, right = right, left ^ (_mix(right ^ k) & mask)
+        if inverse:
+            for k in reversed(keys):
+                left, right = right ^ (_mix(left ^ k) & mask), left
+        else:
+            for k in keys:
+                left, right = right, left ^ (_mix(right ^ k) & mask)
         out[pending] = (left << half) | right
         pending = out >= n
     return out.astype(np.int64)
@@ -90,6 +96,9 @@ class Order:
         seed: of the pipeline.
         global_batch: samples per optimizer step; the last batch of an epoch holds what is left.
         group_keys: int64 per sample; given, samples of similar key are batched together (see `batch`).
+        window: samples among which one is shuffled. None: all of an epoch. Else an epoch is a shuffled sequence of runs
+            of `RUN` neighbours, shuffled once more inside windows of so many samples: a rank reads from few tars at
+            a time, which matters where there are more tars than can be kept open, or seeks are dear.
     """
 
     sizes: tuple[int, ...]
@@ -97,6 +106,7 @@ class Order:
     seed: int
     global_batch: int
     group_keys: Ints | None = None
+    window: int | None = None
 
     @property
     def epoch_samples(self) -> int:
@@ -110,7 +120,10 @@ class Order:
 
     def sample_at(self, epoch: int, position: Ints) -> Ints:
         """The samples at `position` (int64, values in [0, epoch_samples)) of an epoch, before any grouping."""
-        slot = permute(position, self.epoch_samples, self.seed, "epoch", epoch)
+        if self.window is None:
+            slot = permute(position, self.epoch_samples, self.seed, "epoch", epoch)
+        else:
+            slot = self._windowed(epoch, position)
         starts = np.cumsum((0, *self.quotas))
         data = np.searchsorted(starts, slot, side="right") - 1
         samples = np.empty_like(slot)
@@ -120,9 +133,46 @@ class Order:
             turn = epoch * quota + slot[of_d] - starts[d]  # how many samples of d came before, over all epochs
             for number in np.unique(turn // max(size, 1)):
                 here = turn // size == number
-                samples[of_d[here]] = offset + permute(turn[here] % size, size, self.seed, "pass", d, int(number))
+                within = turn[here] % size
+                if self.window is None:
+                    within = permute(within, size, self.seed, "pass", d, int(number))
+                samples[of_d[here]] = offset + within
             offset += size
         return samples
+
+    def _windowed(self, epoch: int, position: Ints) -> Ints:
+        """The slots at these positions of an epoch whose runs are shuffled, and the samples inside windows of them."""
+        assert self.window is not None
+        quotas = np.array([quota for quota in self.quotas if quota], np.int64)
+        runs = -(-quotas // RUN)
+        ends, total = np.cumsum(runs), int(runs.sum())
+        # The last run of a data set may be short. Where those come decides how many samples precede a run.
+        lacking = runs * RUN - quotas
+        last_at = permute(ends - 1, total, self.seed, "runs", epoch, inverse=True)
+
+        def samples_before(run: Ints) -> Ints:
+            run = np.minimum(run, total)
+            before: Ints = run * RUN - ((last_at < run[..., None]) * lacking).sum(-1)
+            return before
+
+        per_window = max(1, self.window // RUN)
+        least = position // (per_window * RUN)  # were every run before it whole
+        nearest = np.arange(least.min(initial=0), least.max(initial=0) + len(runs) // per_window + 3)
+        bounds = samples_before(nearest * per_window)
+        window = nearest[np.searchsorted(bounds, position, side="right") - 1]
+        slots = np.empty_like(position)
+        for number in np.unique(window):
+            here = window == number
+            first = number * per_window
+            order = permute(np.arange(first, min(first + per_window, total)), total, self.seed, "runs", epoch)
+            starts = samples_before(np.arange(first, first + len(order) + 1))
+            begin, starts = starts[0], starts - starts[0]
+            at = permute(position[here] - begin, int(starts[-1]), self.seed, "window", epoch, int(number))
+            run = np.searchsorted(starts, at, side="right") - 1
+            of = np.searchsorted(ends, order[run], side="right")  # the run's data set
+            within = at - starts[run] + (order[run] - (ends - runs)[of]) * RUN
+            slots[here] = (np.cumsum(quotas) - quotas)[of] + within
+        return slots
 
     def batch(self, step: int) -> Ints:
         """The samples of the global batch that optimizer step `step` (0-based) trains on.

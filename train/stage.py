@@ -161,7 +161,7 @@ def order_of(snapshot: Snapshot, name: str, stage: StageConfig, seed: int) -> Or
         raise OlaError(f"stages.{name}.weights: none for {', '.join(missing)}; give every data set a weight, or none")
     weights = [stage.weights[name] for name in stage.data] if stage.weights else None
     keys = snapshot.group_keys if stage.group_by_length else None
-    return Order(snapshot.sizes, quotas(snapshot.sizes, weights), seed, stage.global_batch, keys)
+    return Order(snapshot.sizes, quotas(snapshot.sizes, weights), seed, stage.global_batch, keys, stage.shuffle_window)
 
 
 def total_steps(order: Order, stage: StageConfig) -> int:

@@ -1,23 +1,29 @@
 """Promise 4: the order is a pure, keyed permutation, whatever the ranks."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import MEGABATCH, Order, permute, quotas, rank_share
+from train.order import MEGABATCH, RUN, Order, permute, quotas, rank_share
 
 sizes = st.integers(1, 300)
 seeds = st.integers(0, 2**31)
 
 
-def plain(n: int, batch: int, seed: int = 0, group_keys: np.ndarray | None = None) -> Order:
-    return Order((n,), (n,), seed, batch, group_keys)
+windows = st.none() | st.integers(1, 2000)
+
+
+def plain(n: int, batch: int, seed: int = 0, group_keys: np.ndarray | None = None, window: int | None = None) -> Order:
+    return Order((n,), (n,), seed, batch, group_keys, window)
 
 
 @given(n=st.integers(1, 3000), seed=seeds, epoch=st.integers(0, 5))
 @settings(max_examples=50, deadline=None)
 def test_permute_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    assert sorted(permute(np.arange(n), n, seed, epoch)) == list(range(n))
+    image = permute(np.arange(n), n, seed, epoch)
+    assert sorted(image) == list(range(n))
+    assert (permute(image, n, seed, epoch, inverse=True) == np.arange(n)).all()
 
 
 @given(n=st.integers(1, 10**9), at=st.floats(0, 1, exclude_max=True), seed=seeds)
@@ -29,9 +35,10 @@ def test_permute_is_evaluated_at_single_points(n: int, at: float, seed: int) -> 
     assert image[0] == permute(np.array([0, index[0], n - 1]), n, seed)[1]
 
 
-def test_a_billion_samples_cost_nothing() -> None:
+@pytest.mark.parametrize("window", [None, 2**16])
+def test_a_billion_samples_cost_nothing(window: int | None) -> None:
     n = 10**9
-    order = Order((n,), (n,), 0, 256)
+    order = plain(n, 256, window=window)
     batch = order.batch(3_000_000)
     assert len(np.unique(batch)) == 256
     assert batch.min() >= 0
@@ -53,14 +60,40 @@ def test_permute_is_well_spread() -> None:
     assert ((counts - 500) ** 2 / 500).sum() < 35  # 9 degrees of freedom, p ≈ 6e-5
 
 
-@given(n=sizes, batch=st.integers(8, 64), seed=seeds, grouped=st.booleans())
-@settings(max_examples=20, deadline=None)
-def test_promise_4_ordered_every_epoch_holds_every_sample_once(n: int, batch: int, seed: int, grouped: bool) -> None:
-    order = plain(n, batch, seed, np.arange(n) * 7919 % 101 if grouped else None)
+@given(n=st.integers(1, 3000), batch=st.integers(8, 64), seed=seeds, grouped=st.booleans(), window=windows)
+@settings(max_examples=40, deadline=None)
+def test_promise_4_ordered_every_epoch_holds_every_sample_once(
+    n: int, batch: int, seed: int, grouped: bool, window: int | None
+) -> None:
+    order = plain(n, batch, seed, np.arange(n) * 7919 % 101 if grouped else None, window)
     for epoch in range(2):
         steps = range(epoch * order.epoch_batches, (epoch + 1) * order.epoch_batches)
         seen = np.concatenate([order.batch(step) for step in steps])
         assert sorted(seen) == list(range(n))
+
+
+@given(n=st.integers(1, 10**9), at=st.floats(0, 1), batch=st.integers(1, 64), window=windows)
+@settings(max_examples=40, deadline=None)
+def test_promise_4_ordered_a_batch_is_the_same_evaluated_alone_or_with_its_neighbours(
+    n: int, at: float, batch: int, window: int | None
+) -> None:
+    order = plain(n, batch, 0, None, window)
+    first = int(at * max(0, n - 3 * batch))
+    together = order.sample_at(1, np.arange(first, min(n, first + 3 * batch)))
+    alone = [order.sample_at(1, np.array([position]))[0] for position in range(first, min(n, first + 3 * batch))]
+    assert list(together) == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_windows_hold_whole_runs_of_neighbours_and_are_shuffled_inside() -> None:
+    n, window = 96 * RUN, 8 * RUN
+    order = plain(n, 16, window=window)
+    seen = order.sample_at(0, np.arange(n))
+    runs = [np.unique(seen[i : i + window] // RUN) for i in range(0, n, window)]
+    assert all(len(of_window) == 8 for of_window in runs)
+    assert abs(np.corrcoef(seen[:window] % RUN, np.arange(window))[0, 1]) < 0.1
+    assert abs(np.corrcoef(seen, np.arange(n))[0, 1]) < 0.3  # the windows themselves come in no order
+    assert (seen != order.sample_at(1, np.arange(n))).mean() > 0.9
 
 
 @given(n=sizes, batch=st.integers(1, 64), micro=st.integers(1, 16), ranks=st.integers(1, 5), step=st.integers(0, 20))
@@ -84,13 +117,16 @@ def test_grouping_makes_batches_alike_and_keeps_the_training_shuffled() -> None:
 
 
 @given(
-    pair=st.lists(st.tuples(st.integers(1, 100), st.floats(0.1, 10)), min_size=1, max_size=3),
+    pair=st.lists(st.tuples(st.integers(1, 700), st.floats(0.1, 10)), min_size=1, max_size=3),
     batch=st.integers(8, 64),
+    window=windows,
 )
-@settings(max_examples=20, deadline=None)
-def test_mixture_keeps_its_shares_and_repeats_nothing_early(pair: list[tuple[int, float]], batch: int) -> None:
+@settings(max_examples=40, deadline=None)
+def test_mixture_keeps_its_shares_and_repeats_nothing_early(
+    pair: list[tuple[int, float]], batch: int, window: int | None
+) -> None:
     counts = tuple(size for size, _ in pair)
-    order = Order(counts, quotas(counts, [w for _, w in pair]), 3, batch)
+    order = Order(counts, quotas(counts, [w for _, w in pair]), 3, batch, None, window)
     assert sum(order.quotas) == sum(counts)
     starts = np.cumsum((0, *counts))
     seen = np.concatenate([order.batch(s) for s in range(3 * order.epoch_batches)])
