@@ -11,7 +11,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo teachers bench test lint clean
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo sweep teachers bench test lint clean
 
 help:  ## this list
 	@echo "make STAGE [PIPELINE=demo|photos|path/to.yaml] [ARGS=\"key.path=value …\"]"
@@ -56,6 +56,9 @@ verify: setup  ## check every stored target against its checksum and the corpus
 
 demo: setup  ## the whole pipeline on this computer, in minutes
 	$(RUN) -m pipelines run $(PIPELINE) $(ARGS)
+
+sweep: setup  ## many settings on one store, one table: ARGS="--over KEY VALUE VALUE"
+	$(RUN) -m pipelines sweep $(PIPELINE) $(ARGS)
 
 teachers: setup  ## train the demo world's teachers and student base from nothing, print their gates
 	$(RUN) -m pipelines teachers $(ARGS)

@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   python -m pipelines run demo                              everything, in minutes, on a CPU
   python -m pipelines run photos run_dir=/tmp/photos        the same code on real photographs
   python -m pipelines run demo "student.layers.depth=[3]" run_dir=runs/demo-depth3
+  python -m pipelines sweep demo --over stages.pretrain.contrastive 0 0.3 --over seed 0 1 2
   python -m pipelines see runs/demo/pretrain/model scene.png
   python -m pipelines report demo                           runs/demo/report.html from whatever stages are there
 """
@@ -33,6 +34,18 @@ def main() -> int:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key of the pipeline")
+    help_text = "train, probe and evaluate many settings on one store; one table"
+    sweep = commands.add_parser("sweep", help=help_text, description=help_text)
+    sweep.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
+    sweep.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key in all settings")
+    sweep.add_argument(
+        "--over",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("KEY", "VALUE"),
+        help="a key and the values it takes; several of them make every combination",
+    )
     teachers = commands.add_parser(
         "teachers", help="train the demo world's teachers and student base from nothing; measure them"
     )
@@ -86,6 +99,11 @@ def main() -> int:
 
         run_bench(full_size=args.full_size)
         return 0
+
+    if args.command == "sweep":
+        from pipelines.sweep import sweep as run_sweep
+
+        return run_sweep(args.pipeline, args.overrides, [(key, values) for key, *values in args.over])
 
     config = load_pipeline(args.pipeline, args.overrides)
     if args.command == "run":

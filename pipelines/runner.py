@@ -52,12 +52,12 @@ def run(config: PipelineConfig, pipeline: str, overrides: list[str]) -> int:
             console.print(f"{title}: done ({done.get('seconds', 0):.0f} s, {done.get('peak_memory_gib', 0):.1f} GiB)")
             continue
         console.print(f"{title}")
-        if code := _start(stage, pipeline, overrides):
+        if code := start(stage, pipeline, overrides):
             return code
         ran += 1
     page = Path(config.run_dir) / "report.html"
     if ran or not page.exists():
-        if code := _start("report", pipeline, overrides):
+        if code := start("report", pipeline, overrides):
             return code
     else:
         console.print(f"report: {page}")
@@ -65,8 +65,15 @@ def run(config: PipelineConfig, pipeline: str, overrides: list[str]) -> int:
     return 0
 
 
-def _start(stage: str, pipeline: str, overrides: list[str]) -> int:
-    """Run one stage to its end; Ctrl-C reaches it by the terminal, SIGTERM is passed on."""
+def start(stage: str, pipeline: str, overrides: list[str]) -> int:
+    """Run one stage to its end in a process of its own; Ctrl-C reaches it by the terminal, SIGTERM is passed on.
+
+    Returns:
+        Its exit code, 130 after Ctrl-C.
+
+    Raises:
+        OlaError: a signal ended it.
+    """
     process = subprocess.Popen([sys.executable, "-m", *COMMANDS[stage], pipeline, *overrides], env=os.environ)
     previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:

@@ -29,7 +29,7 @@ def started(config, monkeypatch, tmp_path):
             runs.finish(runs.stage_dir(config, stage), {})
         return codes.get(stage, 0)
 
-    monkeypatch.setattr(runner, "_start", start)
+    monkeypatch.setattr(runner, "start", start)
     return calls, codes
 
 
