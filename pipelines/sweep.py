@@ -106,10 +106,10 @@ def settings(base: PipelineConfig, pipeline: str, overrides: list[str], axes: Ax
     if base.eval:
         pinned += [f"eval.cv_bench={base.eval.cv_bench}", "eval.scenes=null"]
     for combination in itertools.product(*(values for _, values in axes)):
-        values = dict(zip(keys, combination, strict=True))
-        own = [f"{key}={value}" for key, value in values.items()]
-        wanted = [*overrides, *pinned, *own, f"run_dir={_folder(base) / _name(values)}"]
-        yield Setting(values, load_pipeline(pipeline, wanted), wanted)
+        chosen = dict(zip(keys, combination, strict=True))
+        own = [f"{key}={value}" for key, value in chosen.items()]
+        wanted = [*overrides, *pinned, *own, f"run_dir={_folder(base) / _name(chosen)}"]
+        yield Setting(chosen, load_pipeline(pipeline, wanted), wanted)
 
 
 def collect(chosen: list[Setting]) -> list[dict[str, Any]]:
