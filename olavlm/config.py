@@ -161,6 +161,7 @@ class StageConfig(Section):
     max_length: Positive = 4096
     dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
+    fully_shard: bool = False  # the language model in slices over the ranks, where one device cannot hold it
     loader_threads: Positive = 2
     log_every: Positive = 10
     checkpoint_every: Positive = 200
@@ -241,6 +242,8 @@ class PipelineConfig(Section):
                 known(f"stages.{name}.losses", task, self.student.layers)
             if stage.lora and "language_model" not in stage.trainable:
                 raise ValueError(f"stages.{name}.lora: needs language_model among stages.{name}.trainable")
+            if stage.lora and stage.fully_shard:
+                raise ValueError(f"stages.{name}.fully_shard: not together with lora, whose frozen weights are merged")
             if stage.global_batch % stage.micro_batch:
                 raise ValueError(
                     f"stages.{name}.micro_batch: {stage.micro_batch} does not divide global_batch {stage.global_batch}"

@@ -15,7 +15,9 @@ from olavlm.errors import OlaError
 from olavlm.provenance import provenance
 
 #: Stage keys that change how fast a stage runs, not what it computes (but for the last bits of a sum).
-_SPEED = {"micro_batch", "gradient_checkpointing", "loader_threads", "log_every", "checkpoint_every", "keep"}
+_SPEED = {
+    "micro_batch", "gradient_checkpointing", "fully_shard", "loader_threads", "log_every", "checkpoint_every", "keep"
+}  # fmt: skip
 
 _started: dict[Path, float] = {}
 

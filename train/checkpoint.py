@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from olavlm.data.atomic import replace
 from olavlm.data.folder import fsync
 from olavlm.errors import OlaError
+from train.distributed import World
+from train.sharding import collect, like
 
 Named = dict[str, nn.Parameter]
 
 
-def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Optimizer, keep: int) -> None:
+def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Optimizer, keep: int, world: World) -> None:
     """Publish the checkpoint of `step` optimizer steps in ``folder/step-N`` and remove all but the last `keep`.
 
     Args:
@@ -37,10 +39,23 @@ def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Opti
         parameters: the trained parameters by name.
         optimizer: an AdamW over exactly these parameters.
         keep: checkpoints to keep, this one included.
+        world: all ranks must call, as the first gathers what is sharded; it alone writes, and the others wait for it.
 
     Raises:
         OSError: the disk is full; the older checkpoints are untouched and nothing of this one is left.
     """
+    moments = {
+        f"{name}/{key}": value
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()  # empty where a parameter never had a gradient
+    }
+    whole = collect(dict(parameters), world), collect(moments, world)
+    if world.rank == 0:
+        _publish(folder, step, *whole, keep)
+    world.barrier()
+
+
+def _publish(folder: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> None:
     final = folder / f"step-{step}"
     if _is_complete(final):
         return
@@ -49,12 +64,7 @@ def save(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Opti
     shutil.rmtree(final, ignore_errors=True)  # torn
     temporary.mkdir(parents=True)
     try:
-        _write(temporary / "model.safetensors", {name: p.detach() for name, p in parameters.items()})
-        moments = {
-            f"{name}/{key}": value
-            for name, p in parameters.items()
-            for key, value in optimizer.state.get(p, {}).items()  # empty where a parameter never had a gradient
-        }
+        _write(temporary / "model.safetensors", weights)
         _write(temporary / "optimizer.safetensors", moments)
         files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         replace(temporary / "state.json", json.dumps({"step": step, "files": files}, indent=2).encode())
@@ -101,11 +111,11 @@ def load(folder: Path, step: int, parameters: Named, optimizer: torch.optim.Opti
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(like(saved[name], parameter))
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(source / "optimizer.safetensors").items():
         name, moment = key.rsplit("/", 1)
-        moments.setdefault(name, {})[moment] = value
+        moments.setdefault(name, {})[moment] = like(value, parameters[name])
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {index[parameters[name]]: values for name, values in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class World:
         """Sum every gradient over the ranks; a parameter without one (no image in the batch) gets zeros, always.
 
         A sum, not a mean: losses are normalised by the counts of the global batch already. It happens once, after
-        the last micro-step, so that accumulation costs no traffic and ranks need not have equally many micro-steps.
+        the last micro-step, so that accumulation costs no traffic. Sharded gradients are summed already.
         """
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

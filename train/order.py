@@ -206,7 +206,8 @@ def _megabatch(order: Order, epoch: int, window: int) -> list[Ints]:
 def rank_share(batch: Ints, micro_batch: int, rank: int, ranks: int) -> list[Ints]:
     """The micro-batches of a global batch that one rank trains on: every `ranks`-th, none lost, none doubled.
 
-    At least one, which is empty where there are fewer micro-batches than ranks.
+    Every rank gets equally many, the last of which is empty where there are not enough.
     """
     chunks = [batch[i : i + micro_batch] for i in range(0, len(batch), micro_batch)]
-    return chunks[rank::ranks] or [batch[:0]]
+    chunks += [batch[:0]] * (-len(chunks) % ranks)
+    return chunks[rank::ranks]

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from olavlm import runs
 from olavlm.config import PipelineConfig, StageConfig
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
-from train import checkpoint, metrics, student
+from train import checkpoint, metrics, sharding, student
 from train.distributed import World
 from train.loader import Loader, MicroBatch
 from train.order import Order, quotas, rank_share
@@ -70,8 +70,11 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
     processor.view = stage.view
     adapters = student.adapt(model, stage.lora, config.seed) if stage.lora else None
     parts = student.prepare(model, stage, world.device)
+    world.broadcast([parameter for pairs in parts.values() for _, parameter in pairs])
+    if stage.fully_shard:
+        sharding.shard(model, world, student.autocast(stage))
+        parts = student.trainable(model, stage)
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
-    world.broadcast(list(parameters.values()))
     optimizer = _optimizer(parts, stage, world.device)
     done = checkpoint.resume(folder / "checkpoints", parameters, optimizer)
 
@@ -85,17 +88,17 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         threads=stage.loader_threads,
         pin_memory=world.device.type == "cuda",
     )
-    objective = Objective(weights, stage.contrastive, torch.bfloat16 if stage.dtype == "bfloat16" else None)
+    objective = Objective(weights, stage.contrastive, student.autocast(stage))
     log = metrics.Metrics(folder, name, done, steps, quiet=world.rank > 0)
     try:
         _loop(stage, config.seed, model, parameters, optimizer, loader, objective, log, folder / "checkpoints", world)
     finally:
         speed = log.close()
-    if world.rank > 0:
-        return {}
     if adapters:
         adapters.merge_and_unload()
-    export(model, processor, folder / "model", stage)
+    export(model, processor, folder / "model", stage, world)
+    if world.rank > 0:
+        return {}
     return _summary(folder, model, parts, steps, order, speed)
 
 
@@ -120,7 +123,7 @@ def _loop(
             optimizer.zero_grad()
             terms, losses = accumulate(model, batches, objective, world)  # forward, loss, backward
             world.sum_gradients(list(parameters.values()))
-            norm = nn.utils.clip_grad_norm_(parameters.values(), stage.clip)
+            norm = sharding.clip_gradients(list(parameters.values()), stage.clip)
             values, stopping = _reduce({**terms, "samples": _samples(batches, world)}, stop.asked, world)
             samples = round(values.pop("samples"))
             values |= {"lr": _set_rate(optimizer, stage, step, steps), "grad_norm": float(norm)}
@@ -130,9 +133,7 @@ def _loop(
             if step == 0 or _due(step + 1, stage.log_every, steps):
                 log.log(step + 1, values)
             if stopping or _due(step + 1, stage.checkpoint_every, steps):
-                if world.rank == 0:
-                    checkpoint.save(checkpoints, step + 1, parameters, optimizer, stage.keep)
-                world.barrier()
+                checkpoint.save(checkpoints, step + 1, parameters, optimizer, stage.keep, world)
             if stopping and step + 1 < steps:
                 raise KeyboardInterrupt
 
@@ -170,11 +171,18 @@ def total_steps(order: Order, stage: StageConfig) -> int:
     return min(steps, stage.max_steps) if stage.max_steps else steps
 
 
-def export(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, folder: Path, stage: StageConfig) -> None:
-    """Publish the student as an ordinary Hugging Face folder, in full or not at all."""
+def export(
+    model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, folder: Path, stage: StageConfig, world: World
+) -> None:
+    """Publish the student as an ordinary Hugging Face folder, in full or not at all; all ranks must call."""
+    dtype = student.DTYPES[stage.dtype]
+    state = sharding.collect(model.state_dict(keep_vars=True), world, dtype)
+    if world.rank > 0:
+        return
+    model.model.vision_tower.to(dtype)  # never sharded; config.json states the dtype of its first parameter
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to(student.DTYPES[stage.dtype]).save_pretrained(temporary)  # type: ignore[arg-type]
+    model.save_pretrained(temporary, state_dict=state)
     processor.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could say that it was done
     os.rename(temporary, folder)

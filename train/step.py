@@ -19,6 +19,7 @@ from olavlm.model import OlaVlmForConditionalGeneration
 from olavlm.model.losses import TaskTargets, embedding_losses
 from train.distributed import World
 from train.loader import IGNORED, MicroBatch, Targets
+from train.sharding import is_sharded
 
 #: Gives the targets of a micro-batch that is on the device. The trainer's are read from the store with the batch; a
 #: benchmark may plug in a teacher.
@@ -69,8 +70,10 @@ def accumulate(
     totals = {name: torch.zeros((), device=world.device) for name in _terms(model, objective)}
     losses = []
     for batch, found in zip(batches, whole.found, strict=True):
-        if not batch.keys:
-            continue  # fewer micro-batches than ranks; the collectives are before and after this loop
+        if not batch.keys:  # fewer micro-batches than ranks
+            if is_sharded(model):
+                _take_part(model, world)
+            continue
         with torch.autocast(world.device.type, objective.autocast, enabled=objective.autocast is not None):
             out = model(
                 input_ids=batch.input_ids,
@@ -98,6 +101,12 @@ def accumulate(
             totals[name] += term.detach()
         losses.append(loss.detach())
     return totals, losses
+
+
+def _take_part(model: OlaVlmForConditionalGeneration, world: World) -> None:
+    """A pass over one token that changes no gradient: the other ranks need this one's slices, and its part in sums."""
+    logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=world.device), use_cache=False).logits
+    (0 * logits.float().sum()).backward()
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -124,6 +124,11 @@ def _check_tasks(config: PipelineConfig, stage: str, folder: Path, model: OlaVlm
                 raise OlaError(f"{folder}: task {task['name']} has {key} {have}, the pipeline says {want}")
 
 
+def autocast(stage: StageConfig) -> torch.dtype | None:
+    """The dtype a stage's forward pass runs in under autocast; None: in the parameters' own."""
+    return torch.bfloat16 if stage.dtype == "bfloat16" else None
+
+
 def adapt(model: OlaVlmForConditionalGeneration, lora: LoraConfig, seed: int) -> Any:
     """Put low-rank adapters into the language model, in place; they change nothing until they are trained.
 

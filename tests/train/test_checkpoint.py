@@ -12,6 +12,9 @@ from torch import nn
 
 from olavlm.errors import OlaError
 from train import checkpoint
+from train.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def trained(steps: int = 2, width: int = 3) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
@@ -31,7 +34,7 @@ def advance(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -
 
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
     parameters, optimizer = trained()
-    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2)
+    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2, world=ALONE)
     others, other_optimizer = trained(steps=0)
     checkpoint.load(tmp_path, 2, others, other_optimizer)
     advance(parameters, optimizer)
@@ -42,7 +45,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
     parameters, optimizer = trained()
     for step in (9, 10, 100):
-        checkpoint.save(tmp_path, step, parameters, optimizer, keep=2)
+        checkpoint.save(tmp_path, step, parameters, optimizer, keep=2, world=ALONE)
     assert sorted(os.listdir(tmp_path)) == ["step-10", "step-100"]
     assert checkpoint.complete(tmp_path) == [10, 100]
 
@@ -51,7 +54,7 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
 def test_torn_checkpoints_are_not_picked_up(tmp_path: Path, damage: str) -> None:
     parameters, optimizer = trained()
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, parameters, optimizer, keep=2)
+        checkpoint.save(tmp_path, step, parameters, optimizer, keep=2, world=ALONE)
     if damage == "cut":
         os.truncate(tmp_path / "step-2" / "model.safetensors", 20)
     else:
@@ -61,15 +64,15 @@ def test_torn_checkpoints_are_not_picked_up(tmp_path: Path, damage: str) -> None
 
 def test_a_torn_checkpoint_is_written_again(tmp_path: Path) -> None:
     parameters, optimizer = trained()
-    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2)
+    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2, world=ALONE)
     (tmp_path / "step-2" / "state.json").write_text(json.dumps({})[:-1])
-    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2)
+    checkpoint.save(tmp_path, 2, parameters, optimizer, keep=2, world=ALONE)
     assert checkpoint.complete(tmp_path) == [2]
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, optimizer = trained()
-    checkpoint.save(tmp_path, 1, parameters, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, parameters, optimizer, keep=1, world=ALONE)
 
     def full(tensors: object, file: Path) -> None:
         Path(file).write_bytes(b"half")
@@ -77,7 +80,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors") as caught:
-        checkpoint.save(tmp_path, 2, parameters, optimizer, keep=1)
+        checkpoint.save(tmp_path, 2, parameters, optimizer, keep=1, world=ALONE)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["step-1"]
     assert checkpoint.complete(tmp_path) == [1]
@@ -86,11 +89,11 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: p
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".step-1.123.tmp").mkdir()
     parameters, optimizer = trained()
-    checkpoint.save(tmp_path, 1, parameters, optimizer, keep=1)
+    checkpoint.save(tmp_path, 1, parameters, optimizer, keep=1, world=ALONE)
     assert os.listdir(tmp_path) == ["step-1"]
 
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 2, *trained(), keep=1)
+    checkpoint.save(tmp_path, 2, *trained(), keep=1, world=ALONE)
     with pytest.raises(OlaError, match="another model"):
         checkpoint.load(tmp_path, 2, *trained(width=4))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from olavlm import runs
 from train.checkpoint import complete
@@ -41,6 +43,24 @@ from train.__main__ import main
 main()
 """
 
+#: Runs `python -m train …` and insists that the language model's trained parameters are slices, the others whole.
+SHARDED = """
+import sys
+from torch.distributed.tensor import DTensor
+from train import stage
+sys.argv = ["train", *sys.argv[1:]]
+original = stage._loop
+def loop(settings, seed, model, parameters, *rest):
+    sharded = {name for name, p in parameters.items() if isinstance(p, DTensor)}
+    of_model = {name for name in parameters if name.startswith(("model.language_model.", "lm_head."))}
+    assert sharded == of_model != set(), sharded ^ of_model
+    assert all(p.to_local().numel() < p.numel() for p in parameters.values() if isinstance(p, DTensor))
+    return original(settings, seed, model, parameters, *rest)
+stage._loop = loop
+from train.__main__ import main
+main()
+"""
+
 #: A finder that refuses whatever the lean side must not import.
 BLOCKER = """
 import sys
@@ -60,7 +80,7 @@ main()
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True, timeout=400)
 
 
 def timeless(folder: Path) -> list[dict[str, float]]:
@@ -107,6 +127,37 @@ def test_promise_5_resumable_on_two_ranks(
     done = runs.finished(tmp_path / "two" / "pretrain")
     assert done is not None
     assert done["samples"] == 48
+
+
+def test_promise_5_resumable_fully_sharded(
+    world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks that share the language model out between them: samples, losses, weights of the run on one process.
+
+    Begun on one process without sharding, gone on with on two. The pretraining's batches hold text-only samples and
+    end with a rank that has nothing to do; the fine-tuning starts from what a sharded stage exported.
+    """
+    batches = ["stages.pretrain.global_batch=22", "stages.pretrain.micro_batch=2", "stages.finetune.micro_batch=3"]
+    one, two = ([f"run_dir={tmp_path}/{name}", *batches] for name in ("one", "two"))
+    run(world.config(*one), "pretrain")
+    run(world.config(*one), "finetune")
+    at_step(1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(world.config(*two), "pretrain")
+    monkeypatch.undo()
+    for stage in ("pretrain", "finetune"):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+        ranks = python(
+            *launcher, sys.executable, "-c", SHARDED, stage, str(world.file), *two, f"stages.{stage}.fully_shard=true"
+        )
+        assert ranks.returncode == 0, ranks.stderr[-3000:]
+        folders = [tmp_path / name / stage for name in ("one", "two")]
+        for line, other in zip(*map(timeless, folders), strict=True):
+            assert line == pytest.approx(other, rel=1e-3)
+        whole, sharded = (load_file(folder / "model" / "model.safetensors") for folder in folders)
+        assert whole.keys() == sharded.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(sharded[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 def test_promise_6_lean(world: Any, tmp_path: Path) -> None:
