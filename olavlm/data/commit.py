@@ -247,13 +247,15 @@ class TarWriter:
     def _objects(self, following: str | None) -> list[tuple[AnyPath, bytes, dict[str, list[int]]]]:
         """The block's files: where each goes, its content, and in it the offsets of every row's values or scales."""
         identity, padding = self._target.identity, [None] * (self._target.block - len(self._values))
-        arrays = [("values", self._values, DTYPES[identity.codec], (identity.tokens, identity.width))]
+        arrays: list[tuple[str, list[bytes | None], np.dtype[Any], tuple[int, ...]]] = [
+            ("values", self._values, DTYPES[identity.codec], (identity.tokens, identity.width))
+        ]
         if HAS_SCALES[identity.codec]:
             arrays.append(("scales", self._scales, np.dtype("<f4"), (identity.tokens,)))
         if self._target.format == "zarr":
             files = {"values": self._target.values_file, "scales": self._target.scales_file}
             shards = [(name, shard([*chunks, *padding])) for name, chunks, _, _ in arrays]
-            return [(files[name](self._block), data, {name: offsets}) for name, (data, offsets) in shards]
+            return [(files[name](self._block), data, {name: of_rows}) for name, (data, of_rows) in shards]
         members, places = [], []
         for row, stem in zip(self._pending, member_stems(self._pending, following), strict=True):
             for name, chunks, dtype, shape in arrays if row["status"] == "ok" else ():

@@ -15,7 +15,7 @@ is ``block * images_per_block + row``; the trainer does not need the array, it r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -170,7 +170,8 @@ class TargetStore:
 
     def targets(self) -> list["TargetSet"]:
         """Every target set, by folder name."""
-        return [TargetSet(file.parent) for file in sorted(self.path.glob("*/target.json"), key=str)]
+        files: Iterable[AnyPath] = self.path.glob("*/target.json")
+        return [TargetSet(file.parent) for file in sorted(files, key=str)]
 
     def add(self, identity: Identity, block: int, form: Format = "zarr") -> "TargetSet":
         """The target set of `identity`, made with `block` images per shard in this form if it is not there yet.

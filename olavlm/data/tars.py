@@ -33,7 +33,7 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """What precedes an array's bytes in a ``.npy`` file."""
     header = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, description)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
 
 
