@@ -1,7 +1,6 @@
 """What a featurization will cost, before anything is computed: works without weights, and without a corpus."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -10,6 +9,7 @@ from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig
 from olavlm.data.codec import encoded_bytes
 from olavlm.data.corpus import Corpus
+from olavlm.data.objects import as_path
 from olavlm.errors import OlaError
 
 
@@ -115,7 +115,7 @@ def _hours(hours: float | None) -> str:
 
 def _images(config: PipelineConfig, name: str) -> int:
     data = config.data[name]
-    if (Path(data.corpus) / "corpus.json").exists():
+    if (as_path(data.corpus) / "corpus.json").exists():
         return sum(tar.images for tar in Corpus.open(data.corpus).tars)
     if data.expected_images is None:
         raise OlaError(

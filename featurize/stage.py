@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -19,6 +18,7 @@ from olavlm.config import DataConfig, PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.data.commit import blocks, describe_arrays, tidy
 from olavlm.data.corpus import Corpus
+from olavlm.data.objects import as_path
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
@@ -36,7 +36,7 @@ class Job:
 
     def missing(self) -> list[Unit]:
         """The tars that lack a commit of some task."""
-        corpus, targets = Path(self.data.corpus).resolve(), Path(str(self.data.targets)).resolve()
+        corpus, targets = as_path(self.data.corpus).resolve(), as_path(str(self.data.targets)).resolve()
         return [
             Unit(self.name, corpus, targets, tar.name)
             for tar in self.corpus.tars
@@ -60,7 +60,10 @@ def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = N
             sets = {task: store.find(task, teacher) for task, teacher in config.teachers.items()}
         else:
             store = TargetStore.create(data.targets, corpus.id)
-            sets = {task: store.add(identity, config.featurize.block) for task, identity in identities.items()}
+            sets = {
+                task: store.add(identity, config.featurize.block, config.featurize.format)
+                for task, identity in identities.items()
+            }
             for target in sets.values():
                 tidy(target)
                 describe_arrays(target, target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars))

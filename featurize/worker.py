@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from olavlm.data.commit import TarWriter, first_blocks
 from olavlm.data.corpus import Corpus, Tar, content_hash
 from olavlm.data.images import decode_image
 from olavlm.data.lease import LeaseLost
+from olavlm.data.objects import AnyPath
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
@@ -38,8 +38,8 @@ class Unit:
     """One tar of one corpus, and the store its targets go to."""
 
     data: str  # name in the pipeline
-    corpus: Path
-    targets: Path
+    corpus: AnyPath
+    targets: AnyPath
     tar: str
 
 
@@ -118,7 +118,7 @@ class Worker:
         with ExitStack() as leases:
             writers: dict[str, TarWriter] = {}
             for task, identity in self.identities.items():
-                target = store.add(identity, self.settings.block)
+                target = store.add(identity, self.settings.block, self.settings.format)
                 if target.commit(tar) is not None:
                     continue
                 writer = TarWriter.open(target, tar, _first_block(corpus, tar, target))

@@ -16,6 +16,7 @@ from olavlm.errors import OlaError
 
 View = Literal["squash", "pad", "center_crop"]
 Codec = Literal["fp16", "int8"]
+Format = Literal["zarr", "webdataset"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Part = Literal["projector", "task_tokens", "predictors", "logit_scales", "language_model", "vision_tower"]
 
@@ -198,13 +199,14 @@ class EvalConfig(Section):
 
 
 class FeaturizeConfig(Section):
-    """How the featurization job runs; nothing here changes what is stored."""
+    """How the featurization job runs; nothing here changes a target's values."""
 
     executor: Literal["ray", "inprocess"] = "ray"
     workers: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     decode_threads: Positive = 2
-    block: Annotated[int, Field(gt=0, le=256)] = 256  # images per Zarr shard
+    block: Annotated[int, Field(gt=0, le=256)] = 256  # images per Zarr shard or WebDataset tar
+    format: Format = "zarr"  # webdataset: tars of {key}.npy; a set keeps the form it was begun in
     teacher_tflops: float | None = None  # sustained, per device, for `plan`
     training_runs: Positive = 3  # experiments the store will serve, for `plan`'s break-even
 
@@ -231,6 +233,8 @@ class PipelineConfig(Section):
 
         for task in self.student.tasks:
             known("student.tasks", task, self.teachers)
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir: expected a local folder, found {self.run_dir!r}")
         for task in self.student.layers:
             known("student.layers", task, self.student.tasks)
         for name, stage in self.stages.items():

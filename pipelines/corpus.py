@@ -13,6 +13,7 @@ from featurize.corpus.pack import pack_llava_json
 from olavlm import runs
 from olavlm.config import DataConfig, DemoWorldSource, PhotosSource, PipelineConfig
 from olavlm.data.corpus import Corpus
+from olavlm.data.objects import as_path, local_path
 from olavlm.errors import OlaError
 from pipelines.demo_world.build import build_benchmark, build_split
 from pipelines.photos.photos import write_llava_json
@@ -49,11 +50,12 @@ def build(config: PipelineConfig) -> None:
 
 def _build_one(name: str, data: DataConfig, seed: int) -> None:
     """One corpus from its source; the worlds that ship with the repository are written as LLaVA JSON and packed."""
-    out, source = Path(data.corpus), data.source
+    source = data.source
     if source is None:
-        if not (out / "corpus.json").exists():
-            raise OlaError(f"data.{name}.corpus: no corpus in {out} and no source to make it from")
+        if not (as_path(data.corpus) / "corpus.json").exists():
+            raise OlaError(f"data.{name}.corpus: no corpus in {data.corpus} and no source to make it from")
         return
+    out = local_path(data.corpus)
     if isinstance(source, DemoWorldSource | PhotosSource):
         raw = out.with_name(out.name + ".images")
         json_file = write_llava_json(raw) if isinstance(source, PhotosSource) else _render(name, source, raw, seed)

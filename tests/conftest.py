@@ -1,5 +1,10 @@
-"""A student small enough to answer hundreds of questions a second; what it says is random."""
+"""What tests of several folders need: a student small enough to answer hundreds of questions a second (what it says is
+random), and an object store."""
 
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from olavlm.data.objects import ObjectPath, _store
 from olavlm.model import build_student
 
 WORDS = [
@@ -62,3 +68,62 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         )
     ).save_pretrained(folder / "llm")
     return build_student(str(folder / "vision"), str(folder / "llm"), TASKS)
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[str]:
+    """A real S3 API on loopback, which the AWS_* variables name while it runs."""
+    pytest.importorskip("obstore")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    from moto.s3.responses import S3Response
+
+    lock, put_object = threading.Lock(), S3Response.put_object
+
+    def one_at_a_time(self: S3Response) -> object:
+        with lock:  # S3's conditional writes are atomic; moto looks, and then writes
+            return put_object(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", one_at_a_time)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        yield f"http://{host}:{port}"
+        server.stop()
+
+
+_buckets = count()
+
+
+@pytest.fixture
+def s3(_s3_server: str) -> ObjectPath:
+    """An empty bucket."""
+    bucket = f"bucket-{next(_buckets)}"
+    urllib.request.urlopen(urllib.request.Request(f"{_s3_server}/{bucket}", method="PUT")).close()
+    return ObjectPath(bucket, "")
+
+
+@pytest.fixture(scope="session")
+def objects() -> Callable[[ObjectPath], dict[str, bytes]]:
+    """Every object below a prefix, with its content."""
+
+    def read(prefix: ObjectPath) -> dict[str, bytes]:
+        listed = [entry["path"] for page in _store(prefix.bucket).list(prefix.key or None) for entry in page]
+        return {key.removeprefix(f"{prefix.key}/"): ObjectPath(prefix.bucket, key).read_bytes() for key in listed}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def upload() -> Callable[[Path, ObjectPath], None]:
+    """Copies a folder below a prefix."""
+
+    def copy(folder: Path, prefix: ObjectPath) -> None:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                (prefix / str(file.relative_to(folder))).put(file.read_bytes())
+
+    return copy

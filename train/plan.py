@@ -12,6 +12,7 @@ from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig, StageConfig
 from olavlm.data.codec import encoded_bytes
 from olavlm.data.corpus import Corpus
+from olavlm.data.objects import as_path
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmConfig, OlaVlmForConditionalGeneration, parameter_groups
 from olavlm.model.build import split_gguf
@@ -102,7 +103,7 @@ def _samples(config: PipelineConfig, names: list[str]) -> tuple[int, str]:
     total, sources = 0, []
     for name in names:
         data = config.data[name]
-        if (Path(data.corpus) / "corpus.json").is_file():
+        if (as_path(data.corpus) / "corpus.json").is_file():
             total += sum(tar.samples for tar in Corpus.open(data.corpus).tars)
             sources.append("counted")
         elif data.expected_images:

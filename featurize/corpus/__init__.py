@@ -1,12 +1,14 @@
 """Making corpora (contract 1): packing new tars and adopting existing ones. Reading them is `olavlm.data.corpus`."""
 
 import glob
+import re
 from pathlib import Path
 
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
 from featurize.corpus.samples import PackReport, Progress
 from olavlm.config import CaptionFolderSource, LlavaJsonSource, WebDatasetSource
+from olavlm.data.objects import AnyPath, as_path
 from olavlm.errors import OlaError
 
 
@@ -25,7 +27,15 @@ def build(
         case CaptionFolderSource():
             return pack_caption_folder(Path(source.folder), out, source.samples_per_tar, progress)
         case WebDatasetSource():
-            tars = [Path(path) for path in sorted(glob.glob(source.tars, recursive=True))]
+            tars = _matching(source.tars)
             if not tars:
                 raise OlaError(f"source.tars: no file matches {source.tars!r}")
             return adopt(tars, out, progress)
+
+
+def _matching(pattern: str) -> list[AnyPath]:
+    """The tars a glob matches, on a disk or in an object store, sorted."""
+    if "://" not in pattern:
+        return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    fixed = pattern[: re.search(r"[*?[]|$", pattern).start()].rpartition("/")[0]
+    return sorted(as_path(fixed).glob(pattern[len(fixed) + 1 :]), key=str)

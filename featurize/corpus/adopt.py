@@ -3,7 +3,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -22,6 +22,7 @@ from featurize.corpus.samples import (
 )
 from featurize.corpus.writer import CorpusWriter
 from olavlm.data.corpus import Tar, content_hash, file_hash
+from olavlm.data.objects import AnyPath, ObjectPath, join
 from olavlm.errors import OlaError
 
 #: A member's key and extension, as WebDataset parts them: the extension begins at the file name's first dot.
@@ -29,7 +30,7 @@ _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
 
 
-def adopt(tars: list[Path], out: Path, progress: Progress | None = None, threads: int = 4) -> PackReport:
+def adopt(tars: Sequence[AnyPath], out: Path, progress: Progress | None = None, threads: int = 4) -> PackReport:
     """Write the index of existing WebDataset tars; the tars stay as and where they are.
 
     A path is stored as it is given: an absolute one absolutely, a relative one relative to the corpus. Images are
@@ -39,7 +40,7 @@ def adopt(tars: list[Path], out: Path, progress: Progress | None = None, threads
     corpus has already are skipped.
 
     Args:
-        tars: uncompressed tars.
+        tars: uncompressed tars, also in an object store.
         out: the corpus folder.
         progress: called after every tar.
         threads: threads that decode.
@@ -53,8 +54,8 @@ def adopt(tars: list[Path], out: Path, progress: Progress | None = None, threads
     job = content_hash("\n".join(str(path.absolute()) for path in tars).encode())
     with CorpusWriter(out, f"adopt {job}") as writer:
         before = len(writer.tars) - writer.resumed
-        earlier = {(out / tar.path).resolve(): tar for tar in writer.tars[:before]}
-        resumed = {(out / tar.path).resolve(): tar for tar in writer.tars[before:]}
+        earlier = {join(out, tar.path).resolve(): tar for tar in writer.tars[:before]}
+        resumed = {join(out, tar.path).resolve(): tar for tar in writer.tars[before:]}
         left_out: list[Issue] = []
         already = 0
         for done, path in enumerate(tars, 1):
@@ -85,7 +86,7 @@ class _Sample:
     problem: str | None = None
 
 
-def _adopt_one(writer: CorpusWriter, path: Path, digest: str, threads: int) -> list[Issue]:
+def _adopt_one(writer: CorpusWriter, path: AnyPath, digest: str, threads: int) -> list[Issue]:
     """Index one tar and hand it to the writer; returns why it was not, if it was not."""
     source = str(path)
     same = next((tar for tar in writer.tars if tar.hash == digest), None)
@@ -103,17 +104,16 @@ def _adopt_one(writer: CorpusWriter, path: Path, digest: str, threads: int) -> l
         return [*issues, Issue(source, "", source, "no usable sample")]
     images = sum(row["image_index"] >= 0 for row in rows)
     samples = len({row["key"] for row in rows})
-    stored = path if path.is_absolute() else os.path.relpath(path.parent.resolve() / path.name, writer.out.resolve())
-    tar = Tar(_free_name(writer, path), str(stored), digest, path.stat().st_size, samples, images)
+    tar = Tar(_free_name(writer, path), _stored(path, writer.out), digest, path.stat().st_size, samples, images)
     writer.add(tar, rows, issues)
     return []
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
+def _samples(path: AnyPath) -> Iterator[_Sample]:
     """The samples of a tar: runs of members with the same key, as WebDataset groups them."""
     seen: set[str] = set()
     sample = _Sample("")
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             match = _MEMBER.fullmatch(member.name)
             if not (match and member.isreg()):
@@ -186,7 +186,14 @@ def _text(sample: _Sample, images: int) -> Text:
     raise problem
 
 
-def _free_name(writer: CorpusWriter, path: Path) -> str:
+def _stored(path: AnyPath, out: Path) -> str:
+    """A tar's path as the corpus lists it."""
+    if isinstance(path, ObjectPath) or path.is_absolute():
+        return str(path)
+    return os.path.relpath(path.parent.resolve() / path.name, out.resolve())
+
+
+def _free_name(writer: CorpusWriter, path: AnyPath) -> str:
     """A name no tar of the corpus has: the file's stem, with its folder's name or a number where that is taken."""
     taken = {tar.name for tar in writer.tars}
     stem, longer = safe_key(path.stem), safe_key(f"{path.absolute().parent.name}-{path.stem}")

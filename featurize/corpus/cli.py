@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from featurize.corpus import samples as shared
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
+from olavlm.data.objects import as_path, local_path
 
 _PACK = "pack LLaVA JSON or captioned images into a corpus, or add what an existing one does not have yet"
 _ADOPT = "make a corpus of existing WebDataset tars, or add them to one; only the index is written"
@@ -26,13 +27,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     pack.add_argument(
         "--images", type=Path, nargs="+", metavar="DIR", help="folders the JSON's image paths are relative to"
     )
-    pack.add_argument("--out", type=Path, required=True, help="the corpus folder")
+    pack.add_argument("--out", type=local_path, required=True, help="the corpus folder")
     pack.add_argument("--samples-per-tar", type=_positive, default=1000, metavar="N")
     pack.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that read and decode")
     pack.set_defaults(command=_pack, parser=pack)
     tars = commands.add_parser("adopt", help=_ADOPT, description=_ADOPT)
-    tars.add_argument("tars", type=Path, nargs="+", metavar="TAR")
-    tars.add_argument("--out", type=Path, required=True, help="the corpus folder")
+    tars.add_argument("tars", type=as_path, nargs="+", metavar="TAR", help="paths, or URLs like s3://bucket/0.tar")
+    tars.add_argument("--out", type=local_path, required=True, help="the corpus folder")
     tars.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that decode")
     tars.set_defaults(command=_adopt)
 

@@ -1,6 +1,7 @@
 """Files that are there in full or not at all: written beside their final name, fsynced, then linked or renamed.
 
 The temporary file of ``name`` is ``.{name}.{pid}-{token}.tmp`` beside it; a killed writer leaves only that behind.
+In an object store every write is whole or absent by itself: there is no temporary file, and nothing to sweep.
 """
 
 import glob
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from olavlm.data.objects import AnyPath, ObjectPath
+
 Check = Callable[[], None]
 
 
-def publish(path: Path, data: bytes, check: Check | None = None) -> None:
+def publish(path: AnyPath, data: bytes, check: Check | None = None) -> None:
     """Create `path` with `data`, never overwriting.
 
     Args:
@@ -25,21 +28,31 @@ def publish(path: Path, data: bytes, check: Check | None = None) -> None:
         FileExistsError: `path` is there already (whatever its content).
         OSError: the disk is full (its ``filename`` is `path`), or the temporary file was removed under us.
     """
+    if isinstance(path, ObjectPath):
+        if check:
+            check()
+        path.create(data)
+        return
     with _written(path, data) as temporary:
         if check:
             check()
         os.link(temporary, path)
 
 
-def replace(path: Path, data: bytes, check: Check | None = None) -> None:
+def replace(path: AnyPath, data: bytes, check: Check | None = None) -> None:
     """Set the content of `path` to `data`; a reader sees the old content or the new one. Arguments as in `publish`."""
+    if isinstance(path, ObjectPath):
+        if check:
+            check()
+        path.put(data)
+        return
     with _written(path, data) as temporary:
         if check:
             check()
         os.replace(temporary, path)
 
 
-def ensure(path: Path, data: bytes) -> None:
+def ensure(path: AnyPath, data: bytes) -> None:
     """Create `path` with `data` unless it is there, and sweep what dead writers left; any number may do so at once."""
     sweep(path)
     while not path.exists():
@@ -47,11 +60,13 @@ def ensure(path: Path, data: bytes) -> None:
             publish(path, data)
 
 
-def sweep(path: Path) -> None:
+def sweep(path: AnyPath) -> None:
     """Remove the temporary files that dead (or fenced-off) writers of `path` left behind.
 
     A writer that is still alive then fails at its ``link`` or ``rename``, so that it cannot touch `path` any more.
     """
+    if isinstance(path, ObjectPath):
+        return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
         leftover.unlink(missing_ok=True)
 

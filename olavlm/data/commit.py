@@ -1,17 +1,23 @@
-"""Contract 2, the writing side: blocks as Zarr shards, then the commit that makes them exist.
+"""Contract 2, the writing side: blocks as Zarr shards (or WebDataset tars), then the commit that makes them exist.
 
 A block's file is laid out here rather than by zarr-python, which replaces other writers' shards, never fsyncs, and
 hides the byte ranges the commit must list. The layout is Zarr's own and any Zarr v3 tool opens the array: the images'
 chunks back to back, then the ``sharding_indexed`` index of (offset, nbytes) per chunk, then its crc32c. Rows without a
 target take no space.
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
+
+On a disk the lease fences every file (`olavlm.data.lease`), so a block that a dead writer left and that is not what
+the holder computed is replaced. In an object store nothing can stop a writer that wakes up after a takeover between its
+last look at the lease and its write; so there nothing is ever replaced. A block is created, or is there already: then
+it is of this identity and of this tar (its notes say so), as good as the holder's own, and the commit lists its bytes.
+The commit is created, or was, by a writer that saw the very same blocks. So whichever writer is the last to act, what a
+commit lists stays as it was when the commit appeared.
 """
 
 import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -21,8 +27,10 @@ import pyarrow.parquet as pq
 
 from olavlm.data.atomic import Check, publish, replace, sweep
 from olavlm.data.codec import DTYPES, HAS_SCALES
-from olavlm.data.lease import Lease
+from olavlm.data.lease import Lease, LeaseLost
+from olavlm.data.objects import AnyPath, ObjectPath
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
+from olavlm.data.tars import member_stems, npy_header, pack
 from olavlm.errors import OlaError
 
 _ABSENT = 2**64 - 1  # offset and length of a chunk a shard does not have
@@ -55,6 +63,8 @@ def shard(chunks: Sequence[bytes | None]) -> tuple[bytes, list[int]]:
 
 def describe_arrays(target: TargetSet, rows: int) -> None:
     """Write or enlarge the Zarr metadata so that the arrays have `rows` rows; they never shrink."""
+    if target.format == "webdataset":
+        return
     identity = target.identity
     shape = [identity.tokens, identity.width]
     _describe(target.path / "values.zarr" / "zarr.json", DTYPES[identity.codec].name, rows, target.block, shape)
@@ -62,7 +72,7 @@ def describe_arrays(target: TargetSet, rows: int) -> None:
         _describe(target.path / "scales.zarr" / "zarr.json", "float32", rows, target.block, shape[:1])
 
 
-def _describe(file: Path, data_type: str, rows: int, block: int, shape: list[int]) -> None:
+def _describe(file: AnyPath, data_type: str, rows: int, block: int, shape: list[int]) -> None:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
@@ -192,7 +202,11 @@ class TarWriter:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         file = self._target.commit_file(self._tar)
-        self._fenced(publish, file, buffer.getvalue())
+        try:
+            self._fenced(publish, file, buffer.getvalue())
+        except FileExistsError:  # by a writer whose lease was taken; only an object store lets it
+            if file.read_bytes() != buffer.getvalue():
+                raise LeaseLost(f"{file}: committed by another writer") from None
 
     def _row(
         self, key: str, image_index: int, image_hash: str | None, status: str, reason: str | None
@@ -203,41 +217,104 @@ class TarWriter:
         return {**named, **row, "checksum": 0, "rms": 0.0, "absmax": 0.0}
 
     def _append(self, row: dict[str, Any], values: bytes | None, scales: bytes | None) -> None:
+        if len(self._values) == self._target.block:
+            self._publish_block(row["key"])
         row |= {"block": self._block, "row": len(self._values)}
         self._pending.append(row)
         self._values.append(values)
         self._scales.append(scales)
-        if len(self._values) == self._target.block:
-            self._publish_block()
 
-    def _publish_block(self) -> None:
-        padding: list[bytes | None] = [None] * (self._target.block - len(self._values))
-        data, offsets = shard(self._values + padding)
-        self._publish(self._target.values_file(self._block), data)
-        scale_offsets = [-1] * self._target.block
-        if HAS_SCALES[self._target.identity.codec]:
-            scale_data, scale_offsets = shard(self._scales + padding)
-            self._publish(self._target.scales_file(self._block), scale_data)
-        for row in self._pending:
-            if row["status"] == "ok":
-                row["values_offset"] = offsets[row["row"]]
-                row["scales_offset"] = scale_offsets[row["row"]]
+    def _publish_block(self, following: str | None = None) -> None:
+        """Publish the block that is filled; `following` is the key of the row after it."""
+        stored = [row for row in self._pending if row["status"] == "ok"]
+        chunks = {"values": self._values, "scales": self._scales}
+        for file, data, offsets in self._objects(following):
+            for name, of_name in offsets.items():
+                for row in stored:
+                    row[f"{name}_offset"] = of_name[row["row"]]
+            ranges = {name: [(row[f"{name}_offset"], row[f"{name}_bytes"]) for row in stored] for name in offsets}
+            there = self._publish(file, data, [place for places in ranges.values() for place in places])
+            for name, places in ranges.items() if there != data else ():
+                for row, (start, count) in zip(stored, places, strict=True):
+                    chunks[name][row["row"]] = there[start : start + count]
+                    row["checksum"] = checksum(
+                        row["key"], self._scales[row["row"]] or b"", self._values[row["row"]] or b""
+                    )
         self._rows += self._pending
         self._pending, self._values, self._scales = [], [], []
         self._block += 1
 
-    def _publish(self, file: Path, data: bytes) -> None:
-        """A shard under its final name; what a dead writer left there uncommitted is kept if equal, else replaced."""
+    def _objects(self, following: str | None) -> list[tuple[AnyPath, bytes, dict[str, list[int]]]]:
+        """The block's files: where each goes, its content, and in it the offsets of every row's values or scales."""
+        identity, padding = self._target.identity, [None] * (self._target.block - len(self._values))
+        arrays: list[tuple[str, list[bytes | None], np.dtype[Any], tuple[int, ...]]] = [
+            ("values", self._values, DTYPES[identity.codec], (identity.tokens, identity.width))
+        ]
+        if HAS_SCALES[identity.codec]:
+            arrays.append(("scales", self._scales, np.dtype("<f4"), (identity.tokens,)))
+        if self._target.format == "zarr":
+            files = {"values": self._target.values_file, "scales": self._target.scales_file}
+            shards = [(name, shard([*chunks, *padding])) for name, chunks, _, _ in arrays]
+            return [(files[name](self._block), data, {name: of_rows}) for name, (data, of_rows) in shards]
+        members, places = [], []
+        for row, stem in zip(self._pending, member_stems(self._pending, following), strict=True):
+            for name, chunks, dtype, shape in arrays if row["status"] == "ok" else ():
+                extension = "npy" if name == "values" else "scales.npy"
+                members.append((f"{stem}.{extension}", npy_header(dtype, shape), chunks[row["row"]] or b""))
+                places.append((name, row["row"]))
+        data, starts = pack(members)
+        offsets = {name: [-1] * len(self._values) for name, *_ in arrays}
+        for (name, number), start in zip(places, starts, strict=True):
+            offsets[name][number] = start
+        return [(self._target.values_file(self._block), data, offsets)]
+
+    def _publish(self, file: AnyPath, data: bytes, ranges: list[tuple[int, int]]) -> bytes:
+        """A block's file under its final name; returns what lies there then.
+
+        What a dead writer left there uncommitted is kept if equal. If not, it is replaced on a disk, and taken as it is
+        in an object store (see the module).
+
+        Args:
+            file: its name.
+            data: its content.
+            ranges: offset and length of the chunks in it; what is between them does not depend on their values.
+
+        Raises:
+            OlaError: what is there, in an object store, is of another content of the tar or lacks other images.
+        """
         sweep(file)
         try:
-            self._fenced(publish, file, data)
+            if isinstance(file, ObjectPath):
+                self._lease.check()
+                file.create(data, {"tar-hash": self._tar.hash})
+            else:
+                self._fenced(publish, file, data)
         except FileExistsError:
-            if file.read_bytes() != data:
-                self._fenced(replace, file, data)
+            if not isinstance(file, ObjectPath):
+                if file.read_bytes() != data:
+                    self._fenced(replace, file, data)
+                return data
+            there, notes = file.read_noted()
+            same = notes.get("tar-hash") == self._tar.hash and len(there) == len(data)
+            if there != data and not (same and _between(there, ranges) == _between(data, ranges)):
+                raise OlaError(
+                    f"{file}: left here uncommitted, by a writer that found other images in tar {self._tar.name}; "
+                    "remove this object and run again"
+                ) from None
+            return there
+        return data
 
-    def _fenced(self, write: Callable[[Path, bytes, Check], None], file: Path, data: bytes) -> None:
+    def _fenced(self, write: Callable[[AnyPath, bytes, Check], None], file: AnyPath, data: bytes) -> None:
         try:
             write(file, data, self._lease.check)
         except FileNotFoundError:  # our temporary file was swept, which only a successor does
             self._lease.check()
             raise
+
+
+def _between(data: bytes, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """What is left of `data` without these ranges."""
+    ordered = sorted(ranges)
+    starts = [0, *(start + count for start, count in ordered)]
+    ends = [*(start for start, _ in ordered), len(data)]
+    return [data[start:end] for start, end in zip(starts, ends, strict=True)]

@@ -12,13 +12,13 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from olavlm.data.files import OpenFiles
+from olavlm.data.objects import AnyPath, as_path, join
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
@@ -29,7 +29,7 @@ IMAGE_PLACEHOLDER = "<image>"
 TARS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # unique in the corpus; stem of the tar's index and commit files
-        ("path", pa.string()),  # absolute, or relative to the corpus folder
+        ("path", pa.string()),  # absolute, a URL, or relative to the corpus folder
         ("hash", pa.string()),
         ("bytes", pa.int64()),
         ("samples", pa.int64()),
@@ -63,9 +63,9 @@ def content_hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: AnyPath) -> str:
     """`content_hash` of a file, without loading it."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
@@ -75,7 +75,7 @@ class Tar:
 
     Attributes:
         name: unique in the corpus; stem of the tar's index and commit files.
-        path: absolute, or relative to the corpus folder.
+        path: absolute, a URL, or relative to the corpus folder.
         hash: `content_hash` of the whole file.
         bytes: its size.
         samples: samples in its index.
@@ -93,7 +93,7 @@ class Tar:
 class Corpus:
     """A finished corpus, open for reading; safe to share between threads."""
 
-    def __init__(self, path: Path, corpus_id: str, tars: list[Tar]) -> None:
+    def __init__(self, path: AnyPath, corpus_id: str, tars: list[Tar]) -> None:
         self.path = path
         self.id = corpus_id
         self.tars = tars
@@ -101,13 +101,13 @@ class Corpus:
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, path: Path | str) -> "Corpus":
-        """Open the corpus in a folder.
+    def open(cls, path: AnyPath | str) -> "Corpus":
+        """Open the corpus in a folder, or at a URL.
 
         Raises:
             OlaError: there is none, it is not finished, damaged, or of another schema version.
         """
-        path = Path(path)
+        path = as_path(path)
         manifest = path / "corpus.json"
         if not manifest.is_file():
             state = "packing was not finished; run it again" if path.is_dir() else "there is no such folder"
@@ -132,9 +132,9 @@ class Corpus:
             raise OlaError(f"{self.path}: no tar named {name!r} in tars.parquet")
         return self._by_name[name]
 
-    def tar_path(self, tar: Tar) -> Path:
+    def tar_path(self, tar: Tar) -> AnyPath:
         """Where a tar's file is."""
-        return self.path / tar.path  # an absolute path replaces the folder
+        return join(self.path, tar.path)
 
     def index(self, tar: Tar) -> pa.Table:
         """The tar's index: `INDEX_SCHEMA`, rows in the order of the tar, images of a sample together and in order.
@@ -230,20 +230,19 @@ def _turns(sample: Any) -> list[dict[str, str]]:
     return result
 
 
-def index_file(corpus: Path, name: str) -> Path:
+def index_file(corpus: AnyPath, name: str) -> AnyPath:
     """Where the index of the tar `name` is."""
     return corpus / "index" / f"{name}.parquet"
 
 
-def read_parquet(file: Path, schema: pa.Schema) -> pa.Table:
+def read_parquet(file: AnyPath, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file that must have exactly these columns.
 
     Raises:
         OlaError: it is missing, damaged or has other columns.
     """
     try:
-        with pq.ParquetFile(file) as parquet:
-            table = parquet.read()
+        table = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
     except FileNotFoundError:
         raise OlaError(f"{file}: missing") from None
     except (OSError, pa.ArrowException) as error:

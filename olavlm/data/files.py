@@ -1,9 +1,12 @@
-"""Byte ranges of many files for many threads: ``pread`` on descriptors of which the most recently used stay open."""
+"""Byte ranges of many files for many threads: ``pread`` on descriptors of which the most recently used stay open, or
+one range GET for an object in a store."""
 
 import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
+
+from olavlm.data.objects import AnyPath, ObjectPath
 
 
 class OpenFiles:
@@ -11,30 +14,29 @@ class OpenFiles:
 
     def __init__(self, limit: int = 128) -> None:
         self._limit = limit
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[AnyPath, _Descriptor | _Object] = OrderedDict()
         self._lock = threading.Lock()
 
-    def pread(self, path: Path, count: int, offset: int) -> bytes:
+    def pread(self, path: AnyPath, count: int, offset: int) -> bytes:
         """Up to `count` bytes at `offset`: no shared position, no lock held while reading.
 
         Raises:
             OSError: the file cannot be opened or read.
         """
-        descriptor = self._descriptor(path)  # a name of its own keeps it open until the read is done
-        return os.pread(descriptor.fd, count, offset)
+        return self._opened(path).pread(count, offset)
 
-    def size(self, path: Path) -> int:
-        """Bytes of the file as it was opened; as cheap as a lookup once it is open."""
-        return self._descriptor(path).size
+    def size(self, path: AnyPath) -> int:
+        """Bytes of the file as it was opened; as cheap as a lookup once something was read of it."""
+        return self._opened(path).size
 
-    def _descriptor(self, path: Path) -> "_Descriptor":
+    def _opened(self, path: AnyPath) -> "_Descriptor | _Object":
         with self._lock:
-            descriptor = self._open.get(path) or _Descriptor(path)
-            self._open[path] = descriptor
+            opened = self._open.get(path) or (_Object(path) if isinstance(path, ObjectPath) else _Descriptor(path))
+            self._open[path] = opened
             self._open.move_to_end(path)
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
-        return descriptor
+        return opened
 
 
 class _Descriptor:
@@ -45,6 +47,27 @@ class _Descriptor:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self.fd).st_size
 
+    def pread(self, count: int, offset: int) -> bytes:
+        return os.pread(self.fd, count, offset)
+
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+
+class _Object:
+    """An object of a store; every answer says its size, so that asking for it costs a request only before the first."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        self._size: int | None = None
+
+    @property
+    def size(self) -> int:
+        if self._size is None:
+            self._size = self._path.stat().st_size
+        return self._size
+
+    def pread(self, count: int, offset: int) -> bytes:
+        data, self._size = self._path.pread(count, offset)
+        return data

@@ -6,6 +6,11 @@ Whoever finds a dead holder takes over by creating the next generation exclusive
 Fencing: a writer first lays down its temporary file, then calls `Lease.check`, then links or renames; a taker first
 creates its lease, then sweeps the temporary files of whatever it is going to publish. So a writer that wakes up after a
 takeover fails at the check or at the rename, and can never touch what its successor publishes.
+
+An object store has neither temporary files nor a rename, and needs no fence: there a writer only ever creates objects
+that were not there (``If-None-Match: *``) and replaces none, so that the worst a writer waking up late can do is to
+create what its successor was about to, which is then taken as it is (`olavlm.data.commit`). There the lease saves work.
+Its heart beats by ``If-Match``: a lease that was taken over and removed does not come back.
 """
 
 import glob
@@ -16,6 +21,7 @@ import threading
 from pathlib import Path
 
 from olavlm.data.atomic import publish, sweep
+from olavlm.data.objects import AnyPath, ObjectPath
 
 STALE = 60.0  # seconds without a heartbeat after which a holder on another host counts as dead
 _BEAT = 10.0
@@ -28,7 +34,7 @@ class LeaseLost(Exception):
 class Lease:
     """Held from `acquire` until `release`; usable as a context manager."""
 
-    def __init__(self, path: Path, content: bytes):
+    def __init__(self, path: AnyPath, content: bytes):
         self.path = path
         self._content = content
         self._released = threading.Event()
@@ -36,7 +42,7 @@ class Lease:
         self._heart.start()
 
     @classmethod
-    def acquire(cls, folder: Path, name: str) -> "Lease | None":
+    def acquire(cls, folder: AnyPath, name: str) -> "Lease | None":
         """Take the lease called `name` in `folder`; None while somebody else holds it."""
         generation = 0
         held = _generations(folder, name)
@@ -84,16 +90,25 @@ class Lease:
         self.release()
 
     def _beat(self) -> None:
+        version = None
         while not self._released.wait(_BEAT):
             try:
-                os.utime(self.path)
-            except FileNotFoundError:
+                if not isinstance(self.path, ObjectPath):
+                    os.utime(self.path)
+                    continue
+                if version is None:
+                    version = self.path.version()
+                    self.check()  # afterwards: so it is the version of what this writer wrote
+                version = self.path.update(self._content, version)
+            except (FileNotFoundError, LeaseLost):
                 return  # taken over and finished by another
+            except OSError:
+                continue  # the network or the disk may be back at the next beat
 
 
-def _generations(folder: Path, name: str) -> dict[int, Path]:
+def _generations(folder: AnyPath, name: str) -> dict[int, AnyPath]:
     """Every generation of a lease that is there."""
-    found = {}
+    found: dict[int, AnyPath] = {}
     for path in folder.glob(f"{glob.escape(name)}.*"):
         stem, _, generation = path.name.rpartition(".")
         if stem == name and generation.isdigit():
@@ -101,7 +116,7 @@ def _generations(folder: Path, name: str) -> dict[int, Path]:
     return found
 
 
-def _stale(path: Path) -> bool:
+def _stale(path: AnyPath) -> bool:
     """Whether the holder is dead: its process is gone (same host), or its heart has stopped (any host)."""
     try:
         host, pid, _ = path.read_text().split()

@@ -4,9 +4,10 @@
 
     targets/
       store.json                       schema version, corpus id
-      depth-<identity>/target.json     the identity in full, images per block
+      depth-<identity>/target.json     the identity in full, images per block, format
       depth-<identity>/values.zarr     Zarr v3; one shard = one block of images of one tar, one chunk = one image
       depth-<identity>/scales.zarr     codecs with a scale per token
+      depth-<identity>/tars            instead of both in the WebDataset form; one tar = one block (`olavlm.data.tars`)
       depth-<identity>/commits/<tar>.parquet    one row per image (and per text-only sample) of a finished tar
 
 The commit is the only truth: what no commit lists does not exist, whatever bytes lie there. An image's row in the array
@@ -14,7 +15,7 @@ is ``block * images_per_block + row``; the trainer does not need the array, it r
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,10 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from olavlm.config import Codec, Dtype, TeacherConfig, View
+from olavlm.config import Codec, Dtype, Format, TeacherConfig, View
 from olavlm.data.atomic import ensure
 from olavlm.data.codec import DTYPES, HAS_SCALES
 from olavlm.data.files import OpenFiles
+from olavlm.data.objects import AnyPath, as_path
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
@@ -131,20 +133,21 @@ class Identity:
 
 
 class TargetStore:
-    """All target sets of one corpus, in one folder."""
+    """All target sets of one corpus, in one folder or below one URL."""
 
-    def __init__(self, path: Path, corpus_id: str):
+    def __init__(self, path: AnyPath, corpus_id: str):
         self.path = path
         self.corpus_id = corpus_id
 
     @classmethod
-    def open(cls, path: str | Path, corpus_id: str) -> "TargetStore":
+    def open(cls, path: str | AnyPath, corpus_id: str) -> "TargetStore":
         """Open the store of a corpus.
 
         Raises:
             OlaError: no store there, one of another corpus, or written by another version of the layout.
         """
-        file = Path(path) / "store.json"
+        path = as_path(path)
+        file = path / "store.json"
         if not file.is_file():
             raise OlaError(f"{file}: no target store here; `python -m featurize run` makes it")
         try:
@@ -156,33 +159,35 @@ class TargetStore:
             raise OlaError(f"{file}: schema {schema!r}, this version reads {SCHEMA_VERSION}")
         if corpus != corpus_id:
             raise OlaError(f"{file}: these targets belong to corpus {corpus}, not to corpus {corpus_id}")
-        return cls(Path(path), corpus_id)
+        return cls(path, corpus_id)
 
     @classmethod
-    def create(cls, path: str | Path, corpus_id: str) -> "TargetStore":
+    def create(cls, path: str | AnyPath, corpus_id: str) -> "TargetStore":
         """Open the store of a corpus, making an empty one if there is none. Raises as `open` does."""
         content = {"schema": SCHEMA_VERSION, "corpus_id": corpus_id}
-        ensure(Path(path) / "store.json", json.dumps(content, indent=2).encode())
+        ensure(as_path(path) / "store.json", json.dumps(content, indent=2).encode())
         return cls.open(path, corpus_id)
 
     def targets(self) -> list["TargetSet"]:
         """Every target set, by folder name."""
-        return [TargetSet(file.parent) for file in sorted(self.path.glob("*/target.json"))]
+        files: Iterable[AnyPath] = self.path.glob("*/target.json")
+        return [TargetSet(file.parent) for file in sorted(files, key=str)]
 
-    def add(self, identity: Identity, block: int) -> "TargetSet":
-        """The target set of `identity`, made with `block` images per shard if it is not there yet.
+    def add(self, identity: Identity, block: int, form: Format = "zarr") -> "TargetSet":
+        """The target set of `identity`, made with `block` images per shard in this form if it is not there yet.
 
         Raises:
-            OlaError: it is there with another block size.
+            OlaError: it is there with another block size, or in the other form.
         """
         folder = self.path / identity.folder
-        content = {"identity": asdict(identity), "block": block}
+        content = {"identity": asdict(identity), "block": block, "format": form}
         ensure(folder / "target.json", json.dumps(content, indent=2).encode())
         (folder / "commits").mkdir(exist_ok=True)
         (folder / "leases").mkdir(exist_ok=True)
         found = TargetSet(folder)
-        if found.block != block:
-            raise OlaError(f"{folder}: made with featurize.block={found.block}, not {block}; keep that value")
+        for name, here, wanted in (("block", found.block, block), ("format", found.format, form)):
+            if here != wanted:
+                raise OlaError(f"{folder}: made with featurize.{name}={here}, not {wanted}; keep that value")
         return found
 
     def find(self, task: str, teacher: TeacherConfig) -> "TargetSet":
@@ -213,18 +218,19 @@ class TargetStore:
 class TargetSet:
     """One teacher's targets of one corpus."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self.path = path
         file = path / "target.json"
         try:
             content = json.loads(file.read_text())
             self.identity = Identity.from_dict(content["identity"])
             self.block = int(content["block"])
+            self.format: Format = content.get("format", "zarr")  # sets made before there was another do not say it
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OlaError(f"{file}: not a target.json ({error!r})") from None
         self._files = OpenFiles()
 
-    def commit_file(self, tar: TarId) -> Path:
+    def commit_file(self, tar: TarId) -> AnyPath:
         """Where the tar's commit is, once it is committed."""
         return self.path / "commits" / f"{tar.name}.parquet"
 
@@ -235,11 +241,11 @@ class TargetSet:
             OlaError: the file is not a commit of this set.
         """
         file = self.commit_file(tar)
-        if not file.exists():
-            return None
         try:
-            table = pq.ParquetFile(file).read()
+            table = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
             metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        except FileNotFoundError:
+            return None
         except (pa.ArrowInvalid, OSError) as error:
             raise OlaError(f"{file}: cannot be read ({error})") from None
         if not table.schema.equals(COMMIT_SCHEMA) or metadata.get("digest") != self.identity.digest:
@@ -279,15 +285,19 @@ class TargetSet:
         array = np.frombuffer(values, DTYPES[self.identity.codec]).reshape(shape)
         return array, np.frombuffer(scales, "<f4") if scales else None
 
-    def values_file(self, block: int) -> Path:
+    def values_file(self, block: int) -> AnyPath:
         """The shard object with a block's values."""
+        if self.format == "webdataset":
+            return self.path / "tars" / f"{block:06}.tar"
         return self.path / "values.zarr" / "c" / str(block) / "0" / "0"
 
-    def scales_file(self, block: int) -> Path:
+    def scales_file(self, block: int) -> AnyPath:
         """The shard object with a block's scales."""
+        if self.format == "webdataset":
+            return self.values_file(block)
         return self.path / "scales.zarr" / "c" / str(block) / "0"
 
-    def _pread(self, file: Path, offset: int, count: int, key: str) -> bytes:
+    def _pread(self, file: AnyPath, offset: int, count: int, key: str) -> bytes:
         try:
             data = self._files.pread(file, count, offset)
         except FileNotFoundError:

@@ -1,7 +1,8 @@
 """Helper of test_stage: SIGKILLs a featurization at its n-th publication, reruns it, and tells what the store became.
 
-Run as ``python kill_points.py PIPELINE FOLDER EVERY``; prints one JSON object per kill point. Every run is a process of
-its own, forked from this one so that the imports are paid once.
+Run as ``python kill_points.py PIPELINE FOLDER EVERY [URL]``; prints one JSON object per kill point. Every run is a
+process of its own, forked from this one so that the imports are paid once. With a URL the stores lie below it, and what
+they became is for the caller to see: this process must not talk to an object store before it forks.
 """
 
 import json
@@ -16,9 +17,11 @@ from rich.console import Console
 from featurize import stage
 from featurize.teachers import depth_anything, oneformer, unclip  # noqa: F401  imported here once, not in every child
 from olavlm.config import load_pipeline
+from olavlm.data.objects import ObjectPath
 
 torch.set_num_threads(1)  # nothing below this process may have started a thread pool when it forks
 pipeline, folder, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+url = sys.argv[4] if len(sys.argv) > 4 else None
 
 
 def run(name: str, kill_at: int = 0, after: bool = False) -> int:
@@ -29,23 +32,29 @@ def run(name: str, kill_at: int = 0, after: bool = False) -> int:
     targets = folder / name / "targets"
     count = 0
 
-    def counted(real):
-        def wrapped(source, destination):
+    def counted(real, is_inside):
+        def wrapped(*arguments):
             nonlocal count
-            inside = Path(destination).is_relative_to(targets)
+            inside = is_inside(*arguments)
             count += inside
             if inside and count == kill_at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(source, destination)
+            result = real(*arguments)
             if inside and count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
         return wrapped
 
-    os.link, os.replace = counted(os.link), counted(os.replace)
+    def in_targets(_, destination):
+        return Path(destination).is_relative_to(targets)
+
+    os.link, os.replace = counted(os.link, in_targets), counted(os.replace, in_targets)
+    ObjectPath._put = counted(ObjectPath._put, lambda *_: True)
     stage.Console = lambda **_: Console(quiet=True)
+    store = [f"data.all.targets={url}/{name}"] if url else []
     try:
-        stage.run_pipeline(load_pipeline(pipeline, [f"run_dir={folder / name}"]))
+        stage.run_pipeline(load_pipeline(pipeline, [f"run_dir={folder / name}", *store]))
         (folder / f"{name}.count").write_text(str(count))
         os._exit(0)
     finally:

@@ -270,13 +270,13 @@ def test_promise_3_once_a_zombie_cannot_publish_after_a_takeover(
     target = store.add(IDENTITY, BLOCK)
     values, scales = codec.encode(np.ones((1, 4, 6), np.float32), "int8")
     zombie = TarWriter.open(target, Tar(), 0)
-    for i in range(3):
+    for i in range(BLOCK):
         zombie.add(f"z{i}", 0, "h", values[0], scales[0], 1.0, 1.0)
     monkeypatch.setattr("olavlm.data.lease._stale", lambda path: True)
     _write(target, Tar(), 6)  # takes over, commits, releases
     whole = _shards(target)
     with pytest.raises(LeaseLost):
-        zombie.add("z3", 0, "h", values[0], scales[0], 1.0, 1.0)  # fills the block
+        zombie.add("z4", 0, "h", values[0], scales[0], 1.0, 1.0)  # the block is full
     with pytest.raises(LeaseLost):
         zombie.commit()
     zombie.__exit__()
@@ -289,7 +289,7 @@ def test_promise_3_once_a_zombie_stopped_right_before_the_rename_fails(
     target = store.add(IDENTITY, BLOCK)
     values, scales = codec.encode(np.ones((1, 4, 6), np.float32), "int8")
     zombie = TarWriter.open(target, Tar(), 0)
-    for i in range(3):
+    for i in range(BLOCK):
         zombie.add(f"z{i}", 0, "h", values[0], scales[0], 1.0, 1.0)
     check, whole = zombie._lease.check, {}
 
@@ -302,7 +302,7 @@ def test_promise_3_once_a_zombie_stopped_right_before_the_rename_fails(
 
     monkeypatch.setattr(zombie._lease, "check", takeover_after_the_check)
     with pytest.raises(LeaseLost):
-        zombie.add("z3", 0, "h", values[0], scales[0], 1.0, 1.0)
+        zombie.add("z4", 0, "h", values[0], scales[0], 1.0, 1.0)
     zombie.__exit__()
     assert _shards(target) == whole
 
@@ -395,7 +395,7 @@ def test_many_threads_read_more_files_than_stay_open(store: TargetStore, monkeyp
 def test_target_json_says_everything(store: TargetStore) -> None:
     target = store.add(IDENTITY, BLOCK)
     content = json.loads((target.path / "target.json").read_text())
-    assert content["block"] == BLOCK
+    assert (content["block"], content["format"]) == (BLOCK, "zarr")
     assert content["identity"] == {**vars(IDENTITY), "layers": [0, 1]}
     (target.path / "target.json").write_text("{}")
     with pytest.raises(OlaError, match=r"not a target\.json"):
