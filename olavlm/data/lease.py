@@ -54,6 +54,12 @@ class Lease:
             sweep(leftover)
         return cls(path, content)
 
+    @staticmethod
+    def held(folder: Path, name: str) -> bool:
+        """Whether somebody alive holds the lease called `name`; by the time this returns it may be over."""
+        generations = _generations(folder, name)
+        return bool(generations) and not _stale(generations[max(generations)])
+
     def check(self) -> None:
         """Raise `LeaseLost` unless this is still the highest generation."""
         try:
@@ -89,6 +95,11 @@ class Lease:
                 os.utime(self.path)
             except FileNotFoundError:
                 return  # taken over and finished by another
+
+
+def leased(folder: Path) -> list[str]:
+    """The names of all leases that are there, held or left behind."""
+    return sorted({path.name.rpartition(".")[0] for path in folder.glob("[!.]*.*")})
 
 
 def _generations(folder: Path, name: str) -> dict[int, Path]:

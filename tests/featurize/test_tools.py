@@ -86,7 +86,7 @@ def test_verify_names_a_damaged_target(world: Any, own: Path) -> None:
     content = bytearray(file.read_bytes())
     content[row["values_offset"] + 5] ^= 4
     file.write_bytes(content)
-    (line,) = verify(world.config(own))
+    (line,) = map(str, verify(world.config(own)))
     assert f"all, seg, tar {tar.name}: " in line
     assert f"damaged: the target of sample '{row['key']}'" in line
 
@@ -95,7 +95,7 @@ def test_verify_names_a_tar_without_a_commit(world: Any, own: Path) -> None:
     (job,) = open_jobs(world.config(own))
     tar = job.corpus.tars[0]
     job.sets["gen"].commit_file(tar).unlink()
-    assert list(verify(world.config(own))) == [
+    assert [str(finding) for finding in verify(world.config(own))] == [
         f"all, gen, tar {tar.name}: not committed, {tar.images} images without a target"
     ]
 
@@ -104,7 +104,7 @@ def test_verify_names_a_commit_of_other_images(world: Any, own: Path, monkeypatc
     (job,) = open_jobs(world.config(own))
     index = type(job.corpus).index
     monkeypatch.setattr(type(job.corpus), "index", lambda self, tar: index(self, tar).slice(1))
-    lines = list(verify(world.config(own)))
+    lines = [str(finding) for finding in verify(world.config(own))]
     assert len(lines) == 6
     assert all("does not list the images of the corpus index" in line for line in lines)
 
@@ -135,7 +135,7 @@ def test_verify_recomputes_what_was_tampered_with_consistently(world: Any, own: 
         table = pa.Table.from_pylist(rows, commit.schema)
         pq.write_table(table, target.commit_file(tar))
     assert list(verify(world.config(own))) == []
-    lines = list(verify(world.config(own), recompute=3))
+    lines = [str(finding) for finding in verify(world.config(own), recompute=3)]
     assert len(lines) == 3
     assert all("all, depth, tar" in line and "quantization steps off" in line for line in lines)
 
