@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from featurize import stage, teachers
 from featurize.corpus.adopt import adopt
@@ -297,6 +298,25 @@ def test_promise_7_identity_another_view_is_another_set(world: Any, own: Path) -
     (squash,), (pad,) = open_jobs(world.config(own)), open_jobs(world.config(own, "teachers.depth.view=pad"))
     assert squash.sets["depth"].path != pad.sets["depth"].path
     assert squash.sets["seg"].path == pad.sets["seg"].path
+
+
+def test_promise_7_identity_weights_that_change_between_runs_make_another_set(
+    world: Any, own: Path, tmp_path: Path, unbroken: Path, tree: Tree
+) -> None:
+    weights = Path(shutil.copytree(world.config(own).teachers["gen"].weights, tmp_path / "gen"))
+    file = weights / "image_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(sorted(tensors)))
+    tensors[name] = tensors[name] + torch.finfo(torch.float32).eps
+    save_file(tensors, file, {"format": "pt"})
+    run_pipeline(world.config(own, f"teachers.gen.weights={weights}"))
+    before, after = tree(unbroken / "targets"), tree(own / "targets")
+    assert {path: content for path, content in after.items() if path in before} == before
+    new = {Path(path).parts[0] for path in after.keys() - before.keys()}
+    assert len(new) == 1
+    assert next(iter(new)).startswith("gen-")
+    with pytest.raises(OlaError, match=r"2 sets of 'gen' targets fit.*weights_hash="):
+        open_jobs(world.config(own))
 
 
 def test_no_gpu_and_nothing_to_do_are_said(world: Any, tmp_path: Path) -> None:
