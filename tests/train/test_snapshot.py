@@ -134,7 +134,7 @@ def test_a_changed_commit_is_refused_by_name_on_resume(own_world: Any, tmp_path:
 
 def test_a_run_goes_on_with_its_pinned_targets_when_failed_images_get_theirs(own_world: Any, tmp_path: Path) -> None:
     before = Snapshot.open(tmp_path, own_world.config(), DEPTH)
-    target, tars = own_world.target_set("depth"), own_world.corpus().tars
+    target = own_world.target_set("depth")
     pinned = [before.sample(i) for i in range(sum(before.sizes))]
     (failed,) = [s for s in pinned if any(image.targets["depth"] is None for image in s.images)]
     tar = own_world.corpus().tar(failed.tar.name)
