@@ -29,7 +29,7 @@ SOAK = int(os.environ.get("OLAVLM_SOAK", "1"))
 RAY = ["featurize.executor=ray", "featurize.workers=1"]
 Tree = Callable[[Path], dict[str, bytes | None]]
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300 + 120 * SOAK), pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900 + 120 * SOAK), pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")

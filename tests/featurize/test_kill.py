@@ -34,14 +34,14 @@ def _kill(world: Any, folder: Path, **commands: int) -> list[dict[str, Any]]:
     return points
 
 
-@pytest.mark.timeout(7200 if EVERY else 600)
+@pytest.mark.timeout(7200 if EVERY else 1200)
 def test_promise_3_once_killed_anywhere_and_rerun_the_store_is_the_unbroken_one(world: Any, tmp_path: Path) -> None:
     points = _kill(world, tmp_path, run=17)
     assert len(points) >= 6
     assert all(point["commits_untouched"] for point in points)
 
 
-@pytest.mark.timeout(7200 if EVERY else 600)
+@pytest.mark.timeout(7200 if EVERY else 1200)
 def test_promise_3_once_commands_killed_anywhere_and_rerun_end_alike(
     world: Any, tmp_path: Path, unbroken: Path, stumbled: Path
 ) -> None:
