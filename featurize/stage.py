@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,9 +16,11 @@ from featurize.job import executor
 from featurize.worker import Report, Unit
 from olavlm import runs
 from olavlm.config import DataConfig, PipelineConfig
+from olavlm.data.amend import TarAmender
 from olavlm.data.atomic import replace
 from olavlm.data.commit import blocks, describe_arrays, tidy
 from olavlm.data.corpus import Corpus
+from olavlm.data.manifest import summaries
 from olavlm.data.objects import as_path
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
@@ -34,13 +37,18 @@ class Job:
     corpus: Corpus
     sets: dict[str, TargetSet]
 
-    def missing(self) -> list[Unit]:
-        """The tars that lack a commit of some task."""
+    def missing(self, retry_failed: bool = False) -> list[Unit]:
+        """The tars that lack a commit of some task; also those with failed images, if these shall be tried again."""
         corpus, targets = as_path(self.data.corpus).resolve(), as_path(str(self.data.targets)).resolve()
+        wanted = np.zeros(len(self.corpus.tars), bool)
+        for target in self.sets.values():
+            there = summaries(target, self.corpus.tars)
+            wanted |= there["content"].is_null().to_numpy()
+            if retry_failed:
+                TarAmender.check(target)
+                wanted |= there["failed"].to_numpy() > 0
         return [
-            Unit(self.name, corpus, targets, tar.name)
-            for tar in self.corpus.tars
-            if any(target.commit(tar) is None for target in self.sets.values())
+            Unit(self.name, corpus, targets, self.corpus.tars[i].name, retry_failed) for i in np.flatnonzero(wanted)
         ]
 
 
@@ -66,21 +74,34 @@ def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = N
             }
             for target in sets.values():
                 tidy(target)
-                describe_arrays(target, target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars))
+                describe_arrays(target, rows(corpus, target))
         jobs.append(Job(name, data, corpus, sets))
     if not jobs:
         raise OlaError(f"pipeline {config.name}: no entry of data has targets, so there is nothing to featurize")
     return jobs
 
 
-def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
+def rows(corpus: Corpus, target: TargetSet) -> int:
+    """Rows of a set's arrays: every tar begins a block of its own."""
+    return target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars)
+
+
+def run_pipeline(config: PipelineConfig, retry_failed: bool = False) -> dict[str, Any]:
     """Compute every target the pipeline's stores lack; what is committed is never computed again.
 
-    Writes ``runs/<pipeline>/featurize/summary.json`` (returned) and ``failed.jsonl`` beside it, one line per image that
-    has no target: data, task, tar, key, image_index, reason.
+    A tar that cannot be read costs its own images only: the others are done first.
+
+    Args:
+        config: the pipeline.
+        retry_failed: images that were committed as failed are tried again, and only they.
+
+    Returns:
+        What is written to ``runs/<pipeline>/featurize/summary.json``; beside it lies ``failed.jsonl``, one line per
+        image that has no target: data, task, tar, key, image_index, reason.
 
     Raises:
-        OlaError: see `open_jobs`, `featurize.teachers.load` and `featurize.job.RayPool.run`.
+        OlaError: tars could not be read, by name, when all others are done; see also `open_jobs`,
+            `featurize.teachers.load` and `featurize.job.RayPool.run`.
     """
     if not config.teachers:
         raise OlaError(f"pipeline {config.name}: teachers is empty, so there is nothing to featurize")
@@ -89,12 +110,15 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     runs.begin(runs.stage_dir(config, "featurize"), runs.depends_on(config, "featurize"))
     identities = {task: teachers.load(teacher).identity(task) for task, teacher in config.teachers.items()}
     jobs = open_jobs(config, identities)
-    missing = [unit for job in jobs for unit in job.missing()]
+    missing = [unit for job in jobs for unit in job.missing(retry_failed)]
     total = sum(len(job.corpus.tars) for job in jobs)
     console.print(f"featurize: {total} tars, {total - len(missing)} done, {len(missing)} to do", highlight=False)
     start = time.monotonic()
     reports = list(_execute(config, identities, jobs, missing, console)) if missing else []
     seconds = time.monotonic() - start
+    if unusable := [f"{r.unit.data}/{r.unit.tar}: {r.error}" for r in reports if r.error]:
+        more = f" | and {len(unusable) - 10} more" if len(unusable) > 10 else ""
+        raise OlaError(f"{len(unusable)} tars could not be featurized: " + " | ".join(unusable[:10]) + more)
     return _summarize(config, jobs, reports, seconds)
 
 
@@ -123,6 +147,10 @@ def _execute(
                     deferred.append(report.unit)
                 else:
                     progress.advance(bar, images[report.unit.data, report.unit.tar])
+                if report.error:
+                    console.print(
+                        f"{report.unit.data}/{report.unit.tar}: {report.error}", highlight=False, soft_wrap=True
+                    )
                 done, failed = done + report.images, failed + len(report.failed)
                 busy_seconds += report.forward_seconds
                 elapsed = time.monotonic() - start
@@ -171,26 +199,21 @@ def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], s
 
 def status(job: Job, task: str) -> dict[str, int]:
     """Counts of one target set: tars committed and in all, images ok, failed and missing, bytes of the targets."""
-    counts = {"tars": len(job.corpus.tars), "committed": 0, "ok": 0, "failed": 0, "missing": 0, "bytes": 0}
-    for tar in job.corpus.tars:
-        commit = job.sets[task].commit(tar)
-        if commit is None:
-            counts["missing"] += tar.images
-            continue
-        ok = commit.filter(pc.equal(commit["status"], "ok"))
-        counts["committed"] += 1
-        counts["ok"] += len(ok)
-        counts["failed"] += tar.images - len(ok)
-        counts["bytes"] += sum(pc.sum(ok[column]).as_py() or 0 for column in ("values_bytes", "scales_bytes"))
-    return counts
+    tars = job.corpus.tars
+    there = summaries(job.sets[task], tars)
+    committed = there["content"].is_valid().to_numpy()
+    images = np.array([tar.images for tar in tars], np.int64)
+    counts = {name: int(there[name].to_numpy().sum()) for name in ("ok", "failed", "bytes")}
+    return {"tars": len(tars), "committed": int(committed.sum()), **counts, "missing": int(images[~committed].sum())}
 
 
 def failed_images(job: Job) -> Iterator[dict[str, Any]]:
     """Every image of the job that was committed without a target, and why."""
     for task, target in job.sets.items():
-        for tar in job.corpus.tars:
+        failed = summaries(target, job.corpus.tars)["failed"].to_numpy()
+        for tar in (job.corpus.tars[i] for i in np.flatnonzero(failed)):
             commit = target.commit(tar)
-            if commit is None:
+            if commit is None:  # withdrawn meanwhile
                 continue
             for row in commit.filter(pc.equal(commit["status"], "failed")).to_pylist():
                 named = {name: row[name] for name in ("key", "image_index", "reason")}

@@ -2,26 +2,41 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from featurize import teachers
-from featurize.stage import Job, open_jobs
+from featurize.progress import track
+from featurize.stage import Job, open_jobs, rows
 from olavlm.config import PipelineConfig
 from olavlm.data import codec
+from olavlm.data.codec import HAS_SCALES
+from olavlm.data.commit import shard_index, shard_ranges, undescribed_arrays
 from olavlm.data.corpus import Tar
 from olavlm.data.images import decode_image
+from olavlm.data.objects import AnyPath
+from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
 
-Place = tuple[Job, str, Tar, dict[str, Any]]  # an image's row in the commit of a task
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with one tar of one task, or with the whole set (no tar)."""
+
+    data: str
+    task: str
+    tar: Tar | None
+    what: str
+
+    def __str__(self) -> str:
+        where = f"{self.data}, {self.task}"
+        return f"{where}, tar {self.tar.name}: {self.what}" if self.tar else f"{where}: {self.what}"
 
 
-def verify(config: PipelineConfig, recompute: int = 0) -> Iterator[str]:
-    """Check every target of the pipeline's stores; yields one line per thing that is wrong.
-
-    Every committed row is compared with the corpus index (key, image index, image hash, order, completeness) and its
-    bytes with its checksum. Tars without a commit are named too.
+def verify(config: PipelineConfig, recompute: int = 0) -> Iterator[Finding]:
+    """Check every target of the pipeline's stores; yields whatever is wrong.
 
     Args:
         config: the pipeline.
@@ -29,46 +44,84 @@ def verify(config: PipelineConfig, recompute: int = 0) -> Iterator[str]:
             one quantization step (int8) or one unit in the last place of the largest value (fp16).
     """
     jobs = open_jobs(config)
-    places: dict[str, list[Place]] = {task: [] for task in config.teachers}
-    for job in jobs:
-        for task in config.teachers:
-            for tar in job.corpus.tars:
-                yield from _tar(job, task, tar, places[task])
-    for task, found in places.items():
-        chosen = random.Random(config.seed).sample(found, min(recompute, len(found)))
+    for task in config.teachers:
+        places: list[tuple[Job, Tar, dict[str, Any]]] = []
+        for job in jobs:
+            for file in undescribed_arrays(job.sets[task], rows(job.corpus, job.sets[task])):
+                yield Finding(job.name, task, None, f"{file}: missing, damaged, or not of this set")
+            for tar in track(job.corpus.tars, f"{job.name}, {task}"):
+                found = list(verify_tar(job, task, tar))
+                yield from found
+                if recompute and not found:
+                    commit = job.sets[task].commit(tar)
+                    listed = [] if commit is None else commit.to_pylist()
+                    places += [(job, tar, row) for row in listed if row["status"] == "ok"]
+        chosen = random.Random(config.seed).sample(places, min(recompute, len(places)))
         if chosen:
             yield from _recomputed(config, task, chosen)
 
 
-def _tar(job: Job, task: str, tar: Tar, places: list[Place]) -> Iterator[str]:
-    """What is wrong with one tar of one task; images that are fine are appended to `places`."""
+def verify_tar(job: Job, task: str, tar: Tar) -> Iterator[Finding]:
+    """What is wrong with one tar of one task.
+
+    Every committed row is compared with the corpus index (key, image index, image hash, order, completeness), its bytes
+    with its checksum, and what any Zarr tool would read of its block with what the commit says.
+    """
     target = job.sets[task]
-    where = f"{job.name}, {task}, tar {tar.name}"
     try:
         commit = target.commit(tar)
     except OlaError as error:
-        yield f"{where}: {error}"
+        yield Finding(job.name, task, tar, str(error))
         return
     if commit is None:
-        other = " (there is a commit of another content of this tar)" if target.commit_file(tar).exists() else ""
-        yield f"{where}: not committed{other}, {tar.images} images without a target"
+        there = " (there is a commit of another content of this tar)" if target.commit_file(tar).exists() else ""
+        yield Finding(job.name, task, tar, f"not committed{there}, {tar.images} images without a target")
         return
     columns = ["key", "image_index", "image_hash"]
     if not commit.select(columns).equals(job.corpus.index(tar).select(columns)):
-        yield f"{where}: the commit does not list the images of the corpus index"
+        yield Finding(job.name, task, tar, "the commit does not list the images of the corpus index")
         return
-    for row in commit.to_pylist():
-        if row["status"] != "ok":
-            continue
+    listed = commit.to_pylist()
+    for row in listed:
+        if row["status"] == "ok":
+            try:
+                target.read(row, row["key"])
+            except OlaError as error:
+                yield Finding(job.name, task, tar, str(error))
+    for block in sorted({row["block"] for row in listed if row["block"] >= 0}):
+        for what in _block(target, block, [row for row in listed if row["block"] == block]):
+            yield Finding(job.name, task, tar, what)
+
+
+def _block(target: TargetSet, block: int, listed: list[dict[str, Any]]) -> Iterator[str]:
+    """Whether the index at a shard's end says of every listed target what the commit says; nothing for a tar."""
+    if target.format == "webdataset":
+        return
+    files = {"values": target.values_file(block)}
+    if HAS_SCALES[target.identity.codec]:
+        files["scales"] = target.scales_file(block)
+    for name, file in files.items():
         try:
-            target.read(row, row["key"])
-        except OlaError as error:
-            yield f"{where}: {error}"
-        else:
-            places.append((job, task, tar, row))
+            found = shard_ranges(_tail(file, len(shard_index(target.block, {}))))
+        except FileNotFoundError:
+            yield f"{file}: missing"
+            continue
+        except ValueError as error:
+            yield f"{file}: {error}"
+            continue
+        places = {row["row"]: (row[f"{name}_offset"], row[f"{name}_bytes"]) for row in listed if row["status"] == "ok"}
+        if any(found.get(row) != place for row, place in places.items()):
+            yield f"{file}: its index places chunks elsewhere than the commit does"
 
 
-def _recomputed(config: PipelineConfig, task: str, places: list[Place]) -> Iterator[str]:
+def _tail(file: AnyPath, count: int) -> bytes:
+    """The last bytes of a file."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - count))
+        return opened.read()
+
+
+def _recomputed(config: PipelineConfig, task: str, places: list[tuple[Job, Tar, dict[str, Any]]]) -> Iterator[Finding]:
     """Run images through the teacher again, in batches of the size they were computed in."""
     teacher = teachers.load(config.teachers[task])
     name = teacher.config.codec
@@ -76,21 +129,21 @@ def _recomputed(config: PipelineConfig, task: str, places: list[Place]) -> Itera
     for start in range(0, len(places), size):
         batch = places[start : start + size]
         pixels = []
-        for job, _, tar, row in batch:
+        for job, tar, row in batch:
             index = job.corpus.index(tar).to_pylist()
             entry = next(e for e in index if (e["key"], e["image_index"]) == (row["key"], row["image_index"]))
             data = job.corpus.read(tar, entry["image_offset"], entry["image_bytes"])
             pixels.append(teacher.preprocess(decode_image(data)))
         padding = [torch.zeros_like(pixels[0])] * (size - len(pixels))
         features = teacher.encode(torch.stack(pixels + padding))
-        for (job, _, tar, row), feature in zip(batch, features, strict=False):
+        for (job, tar, row), feature in zip(batch, features, strict=False):
             stored = _decoded(*job.sets[task].read(row, row["key"]), name)
             values, scales = codec.encode(feature[None], name)
             now = _decoded(values[0], None if scales is None else scales[0], name)
             step = torch.from_numpy(scales[0])[:, None] if scales is not None else now.abs().max() * 2**-10
             off = float(((stored - now).abs() / step.clamp_min(1e-30)).max())
             if off > 1.01:
-                yield f"{job.name}, {task}, tar {tar.name}, sample {row['key']}: {off:.1f} quantization steps off"
+                yield Finding(job.name, task, tar, f"sample {row['key']} is {off:.1f} quantization steps off")
 
 
 def _decoded(values: Any, scales: Any, name: Any) -> torch.Tensor:

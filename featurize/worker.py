@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -21,6 +21,7 @@ from featurize import teachers
 from featurize.teachers.base import Teacher
 from olavlm.config import FeaturizeConfig, TeacherConfig
 from olavlm.data import codec
+from olavlm.data.amend import TarAmender
 from olavlm.data.commit import TarWriter, first_blocks
 from olavlm.data.corpus import Corpus, Tar, content_hash
 from olavlm.data.images import decode_image
@@ -32,6 +33,8 @@ from olavlm.errors import OlaError
 T = TypeVar("T")
 R = TypeVar("R")
 
+Writer = TarWriter | TarAmender
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -41,6 +44,7 @@ class Unit:
     corpus: AnyPath
     targets: AnyPath
     tar: str
+    retry_failed: bool = False  # also try images again that were committed as failed
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Report:
     images: int = 0  # run through the teachers now, failed ones included
     failed: list[tuple[str, int, str]] = field(default_factory=list)  # key, image index, reason
     busy: list[str] = field(default_factory=list)  # tasks another writer is at
+    error: str | None = None  # why nothing can be made of this tar, though of others
     seconds: float = 0.0
     forward_seconds: float = 0.0  # of them, in the teachers
 
@@ -92,6 +97,7 @@ class Worker:
         }
         self.identities = identities
         self._stop = threading.Event()
+        self._corpora: dict[AnyPath, tuple[Corpus, dict[str, int]]] = {}
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
             if here != identities[task]:
@@ -107,54 +113,87 @@ class Worker:
     def run(self, unit: Unit) -> Report:
         """Commit what the unit lacks. What is committed already, or in another writer's hands, is left alone.
 
+        A tar that is unreadable, or not what was indexed or committed, is reported as such.
+
         Raises:
-            OlaError: the corpus is not readable, or the tar is not what was indexed or committed.
+            OlaError: corpus or store cannot be opened.
             OSError: the disk is full, for example; nothing half-written stays visible.
         """
         report = Report(unit)
-        corpus = Corpus.open(unit.corpus)
+        corpus, first_block = self._open_corpus(unit)
         store = TargetStore.open(unit.targets, corpus.id)
-        tar = corpus.tar(unit.tar)
+        sets = {
+            task: store.add(identity, self.settings.block, self.settings.format)
+            for task, identity in self.identities.items()
+        }
+        try:
+            self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report)
+        except OlaError as error:
+            report.error = str(error)
+        return report
+
+    def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
+        """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown."""
+        known = self._corpora.get(unit.corpus)
+        if known is None or unit.tar not in known[1]:
+            corpus = Corpus.open(unit.corpus)
+            starts = first_blocks([tar.images for tar in corpus.tars], self.settings.block)
+            known = corpus, dict(zip((tar.name for tar in corpus.tars), starts, strict=True))
+            self._corpora[unit.corpus] = known
+        corpus, starts_of = known
+        return corpus, starts_of[corpus.tar(unit.tar).name]
+
+    def _commit(self, corpus: Corpus, tar: Tar, first_block: int, sets: dict[str, TargetSet], report: Report) -> None:
         with ExitStack() as leases:
-            writers: dict[str, TarWriter] = {}
-            for task, identity in self.identities.items():
-                target = store.add(identity, self.settings.block, self.settings.format)
-                if target.commit(tar) is not None:
+            writers: dict[str, Writer] = {}
+            writer: Writer | None
+            for task, target in sets.items():
+                commit = target.commit(tar)
+                if commit is None:
+                    writer = TarWriter.open(target, tar, first_block)
+                elif report.unit.retry_failed and "failed" in commit["status"].to_pylist():
+                    writer = TarAmender.open(target, tar)
+                else:
                     continue
-                writer = TarWriter.open(target, tar, _first_block(corpus, tar, target))
                 if writer is None:
                     report.busy.append(task)
                 else:
-                    writers[task] = leases.enter_context(writer)
+                    leases.enter_context(writer)
+                    writers[task] = writer
             if writers:
                 try:
                     self._featurize(corpus, tar, writers, report)
                 except LeaseLost:
                     report.busy += writers
-        return report
 
-    def _featurize(self, corpus: Corpus, tar: Tar, writers: dict[str, TarWriter], report: Report) -> None:
+    def _featurize(self, corpus: Corpus, tar: Tar, writers: dict[str, Writer], report: Report) -> None:
         start = time.perf_counter()
-        used = {task: self.teachers[task] for task in writers}
+        index = corpus.index(tar).to_pylist()
+        positions: dict[str, Container[int]] = {
+            task: writer.failed if isinstance(writer, TarAmender) else range(len(index))
+            for task, writer in writers.items()
+        }
+        rows = [(i, row) for i, row in enumerate(index) if any(i in wanted for wanted in positions.values())]
         waiting: dict[str, list[_Sample]] = {task: [] for task in writers}
         failed: dict[tuple[str, int], str] = {}
 
-        def prepare(row: dict[str, Any]) -> _Sample:
-            return _prepare(corpus, tar, row, used)
+        def prepare(numbered: tuple[int, dict[str, Any]]) -> _Sample:
+            i, row = numbered
+            return _prepare(corpus, tar, row, {t: self.teachers[t] for t, wanted in positions.items() if i in wanted})
 
         with (
             ThreadPoolExecutor(self.settings.decode_threads, "decode") as decoders,
             ThreadPoolExecutor(1, "write") as writing,
         ):
             written = _Bounded(writing, 4)
-            ahead = 2 * max(teacher.config.batch_size for teacher in used.values())
-            for sample in _ahead(decoders, prepare, corpus.index(tar).to_pylist(), ahead):
+            ahead = 2 * max(self.teachers[task].config.batch_size for task in writers)
+            for (i, _), sample in zip(rows, _ahead(decoders, prepare, rows, ahead), strict=True):
                 if self._stop.is_set():
                     raise Stopped(f"{report.unit.data}/{tar.name}")
                 report.images += sample.row["image_index"] >= 0
-                for task, teacher in used.items():
+                for task in (task for task, wanted in positions.items() if i in wanted):
                     waiting[task].append(sample)
-                    if sum(task in s.pixels for s in waiting[task]) == teacher.config.batch_size:
+                    if sum(task in s.pixels for s in waiting[task]) == self.teachers[task].config.batch_size:
                         self._forward(task, waiting[task], writers[task], written, failed, report)
                         waiting[task] = []
             for task, rest in waiting.items():
@@ -169,7 +208,7 @@ class Worker:
         self,
         task: str,
         samples: list[_Sample],
-        writer: TarWriter,
+        writer: Writer,
         written: "_Bounded",
         failed: dict[tuple[str, int], str],
         report: Report,
@@ -229,11 +268,6 @@ def _write(
             continue
         rms, absmax = float(target.square().mean().sqrt()), float(target.abs().max())
         writer.add(key, index, image_hash, values[0], None if scales is None else scales[0], rms, absmax)
-
-
-def _first_block(corpus: Corpus, tar: Tar, target: TargetSet) -> int:
-    starts = first_blocks([t.images for t in corpus.tars], target.block)
-    return starts[corpus.tars.index(tar)]
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

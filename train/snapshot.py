@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from olavlm.config import PipelineConfig, View
 from olavlm.data.atomic import replace
 from olavlm.data.corpus import Corpus, Tar, content_hash
+from olavlm.data.manifest import summaries
 from olavlm.data.targets import TargetSet, TargetStore
 from olavlm.errors import OlaError
 from train.order import Ints
@@ -298,19 +299,27 @@ def _check(file: Path, corpus: Corpus, targets: dict[str, TargetSet], pinned: li
         if tar is None or tar.hash != pin.hash:
             found = f"hash {tar.hash}" if tar else "gone"
             raise OlaError(f"{file}: pinned tar {pin.name} of {corpus.path} with hash {pin.hash}, now it is {found}")
-        for task, digest in pin.commits.items():
-            _commit_bytes(targets[task], tar, digest)
+    for task, target in targets.items():
+        there = summaries(target, [tars[pin.name] for pin in pinned])["content"].to_pylist()
+        for pin, found in zip(pinned, there, strict=True):
+            digest = pin.commits.get(task)
+            if digest not in (None, found) and not target.superseded_file(tars[pin.name], digest).exists():
+                raise _unusable(target, tars[pin.name], digest)
 
 
-def _commit_bytes(target: TargetSet, tar: Tar, digest: str) -> None:
-    """Raise if the commit is not the pinned one."""
+def _unusable(target: TargetSet, tar: Tar, digest: str) -> OlaError:
+    """The error for a pinned commit that is neither there nor kept as superseded, or not of the tar as it is now."""
     path = target.commit_file(tar)
     found = content_hash(path.read_bytes()) if path.exists() else "gone"
-    if found != digest:
-        raise OlaError(
-            f"{path}: this commit has changed since the run was pinned (then {digest}, now {found}); "
-            "remove the run's folder to train on the new targets, or restore the old ones"
+    if found == digest:
+        return OlaError(
+            f"{path}: made when tar {tar.name} had another content than the corpus now says (hash {tar.hash}); "
+            "featurize this corpus into a store of its own"
         )
+    return OlaError(
+        f"{path}: this commit has changed since the run was pinned (then {digest}, now {found}); "
+        "remove the run's folder to train on the new targets, or restore the old ones"
+    )
 
 
 def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar) -> _Table:
@@ -319,13 +328,9 @@ def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar) -> 
     index = corpus.index(tar)
     commits = {}
     for task, digest in pinned.commits.items():
-        _commit_bytes(targets[task], tar, digest)
-        commit = targets[task].commit(tar)
+        commit = targets[task].commit(tar, digest)
         if commit is None:
-            raise OlaError(
-                f"{targets[task].commit_file(tar)}: made when tar {tar.name} had another content than {corpus.path} "
-                f"now says (hash {tar.hash}); featurize this corpus into a store of its own"
-            )
+            raise _unusable(targets[task], tar, digest)
         if wrong := _difference(index, commit):
             raise OlaError(
                 f"{targets[task].commit_file(tar)}: not of the images in {corpus.path}, tar {tar.name}: {wrong}"

@@ -16,7 +16,7 @@ commit lists stays as it was when the commit appeared.
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from olavlm.data.atomic import Check, publish, replace, sweep
 from olavlm.data.codec import DTYPES, HAS_SCALES
-from olavlm.data.lease import Lease, LeaseLost
+from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
 from olavlm.data.tars import member_stems, npy_header, pack
@@ -49,30 +49,74 @@ def first_blocks(images: Sequence[int], block: int) -> list[int]:
 
 def shard(chunks: Sequence[bytes | None]) -> tuple[bytes, list[int]]:
     """A shard object of these chunks (None: absent, reads as zeros), and every chunk's offset in it (-1 if absent)."""
-    index = np.full((len(chunks), 2), _ABSENT, "<u8")
     offsets, position = [-1] * len(chunks), 0
     for i, chunk in enumerate(chunks):
         if chunk is not None:
-            index[i] = position, len(chunk)
             offsets[i] = position
             position += len(chunk)
+    ranges = {i: (offsets[i], len(chunk)) for i, chunk in enumerate(chunks) if chunk is not None}
+    return b"".join([*(chunk for chunk in chunks if chunk is not None), shard_index(len(chunks), ranges)]), offsets
+
+
+def shard_index(rows: int, ranges: Mapping[int, tuple[int, int]]) -> bytes:
+    """What ends a shard of `rows` chunks: (offset, length) of each, absent where `ranges` has none, and a crc32c."""
+    index = np.full((rows, 2), _ABSENT, "<u8")
+    for row, where in ranges.items():
+        index[row] = where
     table = index.tobytes()
-    crc = int(google_crc32c.value(table)).to_bytes(4, "little")
-    return b"".join([*(chunk for chunk in chunks if chunk is not None), table, crc]), offsets
+    return table + int(google_crc32c.value(table)).to_bytes(4, "little")
+
+
+def shard_ranges(index: bytes) -> dict[int, tuple[int, int]]:
+    """The inverse of `shard_index`.
+
+    Raises:
+        ValueError: cut short, or damaged.
+    """
+    table, crc = index[:-4], index[-4:]
+    if len(table) % 16 or int(google_crc32c.value(table)).to_bytes(4, "little") != crc:
+        raise ValueError("the index of its chunks is damaged")
+    pairs = np.frombuffer(table, "<u8").reshape(-1, 2).tolist()
+    return {row: (offset, count) for row, (offset, count) in enumerate(pairs) if offset != _ABSENT}
 
 
 def describe_arrays(target: TargetSet, rows: int) -> None:
-    """Write or enlarge the Zarr metadata so that the arrays have `rows` rows; they never shrink."""
+    """Write, mend or enlarge the Zarr metadata so that the arrays have `rows` rows; they never shrink."""
+    for file, metadata in _arrays(target, rows).items():
+        sweep(file)
+        while not _describes(file, metadata):
+            with suppress(FileNotFoundError):  # another job swept our temporary file; look again
+                replace(file, json.dumps(metadata, indent=2).encode())
+
+
+def undescribed_arrays(target: TargetSet, rows: int) -> list[AnyPath]:
+    """Zarr metadata that are missing, damaged, or of arrays with less rows; `describe_arrays` mends them."""
+    return [file for file, metadata in _arrays(target, rows).items() if not _describes(file, metadata)]
+
+
+def _describes(file: AnyPath, metadata: dict[str, Any]) -> bool:
+    """Whether a file says what `metadata` say, of as many rows or more."""
+    try:
+        found = json.loads(file.read_text())
+        return {**found, "shape": 0} == {**metadata, "shape": 0} and found["shape"][0] >= metadata["shape"][0]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _arrays(target: TargetSet, rows: int) -> dict[AnyPath, dict[str, Any]]:
+    """The set's Zarr metadata files and what they have to say; none in the WebDataset form."""
     if target.format == "webdataset":
-        return
+        return {}
     identity = target.identity
     shape = [identity.tokens, identity.width]
-    _describe(target.path / "values.zarr" / "zarr.json", DTYPES[identity.codec].name, rows, target.block, shape)
+    values = _metadata(DTYPES[identity.codec].name, rows, target.block, shape)
+    arrays: dict[AnyPath, dict[str, Any]] = {target.path / "values.zarr" / "zarr.json": values}
     if HAS_SCALES[identity.codec]:
-        _describe(target.path / "scales.zarr" / "zarr.json", "float32", rows, target.block, shape[:1])
+        arrays[target.path / "scales.zarr" / "zarr.json"] = _metadata("float32", rows, target.block, shape[:1])
+    return arrays
 
 
-def _describe(file: AnyPath, data_type: str, rows: int, block: int, shape: list[int]) -> None:
+def _metadata(data_type: str, rows: int, block: int, shape: list[int]) -> dict[str, Any]:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
@@ -80,7 +124,7 @@ def _describe(file: AnyPath, data_type: str, rows: int, block: int, shape: list[
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
-    metadata = {
+    return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": [rows, *shape],
@@ -91,15 +135,11 @@ def _describe(file: AnyPath, data_type: str, rows: int, block: int, shape: list[
         "fill_value": 0 if data_type == "int8" else 0.0,
         "attributes": {},
     }
-    sweep(file)
-    while not (file.exists() and json.loads(file.read_text())["shape"][0] >= rows):
-        with suppress(FileNotFoundError):  # another job swept our temporary file; look again
-            replace(file, json.dumps(metadata, indent=2).encode())
 
 
 def tidy(target: TargetSet) -> None:
     """Remove what writers left that died right after a commit, when nobody will open their tar again."""
-    for name in {path.name.rpartition(".")[0] for path in (target.path / "leases").glob("[!.]*.*")}:
+    for name in leased(target.path / "leases"):
         lease = Lease.acquire(target.path / "leases", name)
         if lease is not None:
             sweep(target.path / "commits" / f"{name}.parquet")
@@ -165,20 +205,9 @@ class TarWriter:
         absmax: float,
     ) -> None:
         """Append an image's encoded target: values (tokens, width), scales (tokens,) or None (see `codec.encode`)."""
-        identity = self._target.identity
-        if values.shape != (identity.tokens, identity.width) or values.dtype != DTYPES[identity.codec]:
-            raise ValueError(f"{key}: values {values.dtype}{values.shape} do not fit {identity}")
-        value_bytes = values.tobytes()
-        scale_bytes = b"" if scales is None else scales.astype("<f4").tobytes()
+        value_bytes, scale_bytes = target_bytes(self._target, key, values, scales)
         row = self._row(key, image_index, image_hash, "ok", None)
-        row |= {
-            "values_bytes": len(value_bytes),
-            "scales_bytes": len(scale_bytes),
-            "checksum": checksum(key, scale_bytes, value_bytes),
-            "rms": rms,
-            "absmax": absmax,
-        }
-        self._append(row, value_bytes, scale_bytes)
+        self._append(row | ok_row(key, value_bytes, scale_bytes, rms, absmax), value_bytes, scale_bytes)
 
     def fail(self, key: str, image_index: int, image_hash: str | None, reason: str) -> None:
         """Append an image that has no target, and why. It keeps its row, empty."""
@@ -197,15 +226,11 @@ class TarWriter:
         if self._values:
             self._publish_block()
         self._rows += self._pending
-        metadata = {"tar": self._tar.name, "tar_hash": self._tar.hash, "digest": self._target.identity.digest}
-        table = pa.Table.from_pylist(self._rows, COMMIT_SCHEMA).replace_schema_metadata(metadata)
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        file = self._target.commit_file(self._tar)
+        file, data = self._target.commit_file(self._tar), commit_bytes(self._target, self._tar, self._rows)
         try:
-            self._fenced(publish, file, buffer.getvalue())
+            fenced(self._lease, publish, file, data)
         except FileExistsError:  # by a writer whose lease was taken; only an object store lets it
-            if file.read_bytes() != buffer.getvalue():
+            if file.read_bytes() != data:
                 raise LeaseLost(f"{file}: committed by another writer") from None
 
     def _row(
@@ -288,11 +313,11 @@ class TarWriter:
                 self._lease.check()
                 file.create(data, {"tar-hash": self._tar.hash})
             else:
-                self._fenced(publish, file, data)
+                fenced(self._lease, publish, file, data)
         except FileExistsError:
             if not isinstance(file, ObjectPath):
                 if file.read_bytes() != data:
-                    self._fenced(replace, file, data)
+                    fenced(self._lease, replace, file, data)
                 return data
             there, notes = file.read_noted()
             same = notes.get("tar-hash") == self._tar.hash and len(there) == len(data)
@@ -304,12 +329,43 @@ class TarWriter:
             return there
         return data
 
-    def _fenced(self, write: Callable[[AnyPath, bytes, Check], None], file: AnyPath, data: bytes) -> None:
-        try:
-            write(file, data, self._lease.check)
-        except FileNotFoundError:  # our temporary file was swept, which only a successor does
-            self._lease.check()
-            raise
+
+def commit_bytes(target: TargetSet, tar: TarId, rows: Sequence[dict[str, Any]]) -> bytes:
+    """The content of a tar's commit file: its rows (`COMMIT_SCHEMA`), and what they are of."""
+    metadata = {"tar": tar.name, "tar_hash": tar.hash, "digest": target.identity.digest}
+    table = pa.Table.from_pylist(rows, COMMIT_SCHEMA).replace_schema_metadata(metadata)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def ok_row(key: str, values: bytes, scales: bytes, rms: float, absmax: float) -> dict[str, Any]:
+    """What a commit's row says of a target apart from where it is."""
+    sizes = {"values_bytes": len(values), "scales_bytes": len(scales), "checksum": checksum(key, scales, values)}
+    return {"status": "ok", "reason": None, **sizes, "rms": rms, "absmax": absmax}
+
+
+def target_bytes(
+    target: TargetSet, key: str, values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any] | None
+) -> tuple[bytes, bytes]:
+    """A target's chunks, after a check that they fit the set."""
+    identity = target.identity
+    if values.shape != (identity.tokens, identity.width) or values.dtype != DTYPES[identity.codec]:
+        raise ValueError(f"{key}: values {values.dtype}{values.shape} do not fit {identity}")
+    return values.tobytes(), b"" if scales is None else scales.astype("<f4").tobytes()
+
+
+def fenced(lease: Lease, write: Callable[[AnyPath, bytes, Check], None], file: AnyPath, data: bytes) -> None:
+    """`publish` or `replace` that a writer whose lease was taken cannot complete.
+
+    Raises:
+        LeaseLost: another writer has the tar now.
+    """
+    try:
+        write(file, data, lease.check)
+    except FileNotFoundError:  # our temporary file was swept, which only a successor does
+        lease.check()
+        raise
 
 
 def _between(data: bytes, ranges: list[tuple[int, int]]) -> list[bytes]:

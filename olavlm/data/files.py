@@ -4,9 +4,32 @@ one range GET for an object in a store."""
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from olavlm.data.objects import AnyPath, ObjectPath
+
+
+class Listed(NamedTuple):
+    """A file as a listing of its folder has it."""
+
+    name: str
+    size: int
+    time: int  # of its last change, nanoseconds
+
+
+def listing(folder: AnyPath) -> Iterator[Listed]:
+    """The files in a folder, or the objects below a prefix, in no order; none of them is opened."""
+    if isinstance(folder, ObjectPath):
+        yield from (Listed(path.name, stat.st_size, int(stat.st_mtime * 1e9)) for path, stat in folder.scan())
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # removed meanwhile
+                stat = entry.stat()
+                yield Listed(entry.name, stat.st_size, stat.st_mtime_ns)
 
 
 class OpenFiles:

@@ -60,6 +60,12 @@ class Lease:
             sweep(leftover)
         return cls(path, content)
 
+    @staticmethod
+    def held(folder: Path, name: str) -> bool:
+        """Whether somebody alive holds the lease called `name`; by the time this returns it may be over."""
+        generations = _generations(folder, name)
+        return bool(generations) and not _stale(generations[max(generations)])
+
     def check(self) -> None:
         """Raise `LeaseLost` unless this is still the highest generation."""
         try:
@@ -104,6 +110,11 @@ class Lease:
                 return  # taken over and finished by another
             except OSError:
                 continue  # the network or the disk may be back at the next beat
+
+
+def leased(folder: AnyPath) -> list[str]:
+    """The names of all leases that are there, held or left behind."""
+    return sorted({path.name.rpartition(".")[0] for path in folder.glob("[!.]*.*")})
 
 
 def _generations(folder: AnyPath, name: str) -> dict[int, AnyPath]:

@@ -104,21 +104,25 @@ class ObjectPath:
             found = _store(self.bucket).head(self.key)
         return Stat(found["size"], found["last_modified"].timestamp())
 
+    def scan(self) -> Iterator[tuple["ObjectPath", Stat]]:
+        """The objects right below this prefix, in no order: one listing, no object is read."""
+        with _told(self):
+            found = _store(self.bucket).list_with_delimiter(self.key or None)
+        for entry in found["objects"]:
+            yield ObjectPath(self.bucket, entry["path"]), Stat(entry["size"], entry["last_modified"].timestamp())
+
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
         """The objects a pattern like ``*/target.json`` or ``a.*`` matches, in no order; one listing per prefix."""
         first, _, rest = pattern.partition("/")
-        with _told(self):
-            found = _store(self.bucket).list_with_delimiter(self.key or None)
         if rest:
+            with _told(self):
+                found = _store(self.bucket).list_with_delimiter(self.key or None)
             prefixes = [ObjectPath(self.bucket, prefix.rstrip("/")) for prefix in found["common_prefixes"]]
             for prefix in prefixes:
                 if fnmatchcase(prefix.name, first):
                     yield from prefix.glob(rest)
             return
-        for entry in found["objects"]:
-            path = ObjectPath(self.bucket, entry["path"])
-            if fnmatchcase(path.name, first):
-                yield path
+        yield from (path for path, _ in self.scan() if fnmatchcase(path.name, first))
 
     def read_bytes(self) -> bytes:
         """The whole object."""

@@ -9,6 +9,8 @@
       depth-<identity>/scales.zarr     codecs with a scale per token
       depth-<identity>/tars            instead of both in the WebDataset form; one tar = one block (`olavlm.data.tars`)
       depth-<identity>/commits/<tar>.parquet    one row per image (and per text-only sample) of a finished tar
+      depth-<identity>/superseded/     commits that a retry of failed images replaced; runs pinned to them go on reading
+      depth-<identity>/manifest.parquet         what `olavlm.data.manifest` remembers of the commits, if compacted
 
 The commit is the only truth: what no commit lists does not exist, whatever bytes lie there. An image's row in the array
 is ``block * images_per_block + row``; the trainer does not need the array, it reads the byte ranges of the commits.
@@ -29,6 +31,7 @@ import pyarrow.parquet as pq
 from olavlm.config import Codec, Dtype, Format, TeacherConfig, View
 from olavlm.data.atomic import ensure
 from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.corpus import content_hash
 from olavlm.data.files import OpenFiles
 from olavlm.data.objects import AnyPath, as_path
 from olavlm.errors import OlaError
@@ -170,7 +173,7 @@ class TargetStore:
 
     def targets(self) -> list["TargetSet"]:
         """Every target set, by folder name."""
-        files: Iterable[AnyPath] = self.path.glob("*/target.json")
+        files: Iterable[AnyPath] = self.path.glob("[!.]*/target.json")
         return [TargetSet(file.parent) for file in sorted(files, key=str)]
 
     def add(self, identity: Identity, block: int, form: Format = "zarr") -> "TargetSet":
@@ -234,25 +237,45 @@ class TargetSet:
         """Where the tar's commit is, once it is committed."""
         return self.path / "commits" / f"{tar.name}.parquet"
 
-    def commit(self, tar: TarId) -> pa.Table | None:
+    def superseded_file(self, tar: TarId, content: str) -> AnyPath:
+        """Where the tar's commit with that `content_hash` is kept when a retry of its failed images has replaced it."""
+        return self.path / "superseded" / tar.name / f"{content}.parquet"
+
+    def commit(self, tar: TarId, content: str | None = None) -> pa.Table | None:
         """The tar's commit (`COMMIT_SCHEMA`), or None if it is not committed, or was when it had another content.
+
+        Args:
+            tar: the tar.
+            content: the `content_hash` of the commit file that is wanted, which may have been superseded since; its
+                rows stay readable. Default: the commit that holds now.
 
         Raises:
             OlaError: the file is not a commit of this set.
         """
-        file = self.commit_file(tar)
+        for file in [self.commit_file(tar)] + ([] if content is None else [self.superseded_file(tar, content)]):
+            try:
+                data = file.read_bytes()
+            except FileNotFoundError:
+                continue
+            if content is None or content_hash(data) == content:
+                table = self.parse_commit(file, data)
+                return table if table.schema.metadata[b"tar_hash"].decode() == tar.hash else None
+        return None
+
+    def parse_commit(self, file: AnyPath, data: bytes) -> pa.Table:
+        """The table in a commit file's content; its metadata name the tar and the hash it had.
+
+        Raises:
+            OlaError: it is not a commit of this set; `file` is named.
+        """
         try:
-            table = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
-            metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        except FileNotFoundError:
-            return None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise OlaError(f"{file}: cannot be read ({error})") from None
-        if not table.schema.equals(COMMIT_SCHEMA) or metadata.get("digest") != self.identity.digest:
-            raise OlaError(
-                f"{file}: not a commit of {self.path.name}: digest {metadata.get('digest')!r}, or other columns"
-            )
-        return table if metadata["tar_hash"] == tar.hash else None
+            table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
+        except (pa.ArrowException, OSError) as error:
+            raise OlaError(f"{file}: cannot be read ({error}); `python -m featurize repair` makes it anew") from None
+        digest = (table.schema.metadata or {}).get(b"digest", b"").decode()
+        if not table.schema.equals(COMMIT_SCHEMA) or digest != self.identity.digest:
+            raise OlaError(f"{file}: not a commit of {self.path.name}: digest {digest!r}, or other columns")
+        return table
 
     def read(self, row: Mapping[str, Any], key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
         """One image's target. Safe to call from many threads.

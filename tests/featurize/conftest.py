@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from featurize.corpus.adopt import adopt
+from featurize.stage import run_pipeline
+from featurize.teachers.unclip import UnClip
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data.corpus import Corpus
 
@@ -152,6 +154,31 @@ def world(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> World:
     file = folder / "tiny.yaml"
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(pipeline)))
     return World(folder, file)
+
+
+@pytest.fixture(scope="session")
+def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests may not change it."""
+    run = tmp_path_factory.mktemp("unbroken")
+    run_pipeline(world.config(run))
+    return run
+
+
+@pytest.fixture(scope="session")
+def stumbled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in which the second image of every batch of gen had no finite features; not to be changed."""
+    run = tmp_path_factory.mktemp("stumbled")
+    encode = UnClip.encode
+
+    def broken(self: UnClip, pixels: torch.Tensor) -> torch.Tensor:
+        features = encode(self, pixels).clone()
+        features[1] = torch.nan
+        return features
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnClip, "encode", broken)
+        run_pipeline(world.config(run))
+    return run
 
 
 @pytest.fixture(scope="session")

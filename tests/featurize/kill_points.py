@@ -1,98 +1,148 @@
-"""Helper of test_stage: SIGKILLs a featurization at its n-th publication, reruns it, and tells what the store became.
+"""Helper of test_kill: SIGKILLs a command at its n-th change of the disk, runs it again, and tells what became of it.
 
-Run as ``python kill_points.py PIPELINE FOLDER EVERY [URL]``; prints one JSON object per kill point. Every run is a
-process of its own, forked from this one so that the imports are paid once. With a URL the stores lie below it, and what
-they became is for the caller to see: this process must not talk to an object store before it forks.
+Run as ``python kill_points.py PIPELINE FOLDER COMMAND:EVERY …``; prints one JSON object per kill point. A command works
+on a copy of FOLDER/<command>/start, if that is there. Every run is a process of its own, forked from this one so that
+the imports are paid once. With TARGETS_URL in the environment the stores lie below that URL, and what they became is
+for the caller to see: this process must not talk to an object store before it forks.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from featurize import stage
+from featurize.export import export
+from featurize.lifecycle import drop, find_sets, gc, withdraw_damaged
 from featurize.teachers import depth_anything, oneformer, unclip  # noqa: F401  imported here once, not in every child
-from olavlm.config import load_pipeline
+from olavlm.config import PipelineConfig, load_pipeline
+from olavlm.data.manifest import compact
 from olavlm.data.objects import ObjectPath
+from olavlm.errors import OlaError
 
 torch.set_num_threads(1)  # nothing below this process may have started a thread pool when it forks
-pipeline, folder, every = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-url = sys.argv[4] if len(sys.argv) > 4 else None
+stage.Console = lambda **_: Console(quiet=True)
+pipeline, folder = sys.argv[1], Path(sys.argv[2])
+url = os.environ.get("TARGETS_URL")
 
 
-def run(name: str, kill_at: int = 0, after: bool = False) -> int:
-    """Featurize into FOLDER/name in a child; returns how it ended, as os.waitpid says."""
+def repair(config: PipelineConfig) -> None:
+    list(withdraw_damaged(config))
+    stage.run_pipeline(config)
+
+
+def drop_and_collect(config: PipelineConfig) -> None:
+    with suppress(OlaError):  # it was killed when the set was gone already
+        for target in find_sets(config, "seg"):
+            drop(target)
+    list(gc(config))
+
+
+def compact_all(config: PipelineConfig) -> None:
+    for job in stage.open_jobs(config):
+        for target in job.sets.values():
+            compact(target)
+    list(gc(config))
+
+
+COMMANDS = {
+    "run": stage.run_pipeline,
+    "retry": lambda config: stage.run_pipeline(config, retry_failed=True),
+    "repair": repair,
+    "drop": drop_and_collect,
+    "gc": lambda config: list(gc(config)),
+    "compact": compact_all,
+    "export": lambda config: list(export(config, "all", Path(config.run_dir) / "exported")),
+}
+
+
+def run(command: str, root: Path, kill_at: int = 0, after: bool = False) -> int:
+    """Run a command on `root` in a child; returns how it ended, as os.waitpid says."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    targets = folder / name / "targets"
     count = 0
 
-    def counted(real, is_inside):
-        def wrapped(*arguments):
+    def counted(owner, name: str, is_inside) -> None:
+        real = getattr(owner, name)
+
+        def wrapped(*arguments, **more):
             nonlocal count
-            inside = is_inside(*arguments)
+            inside = is_inside(*arguments, **more)
             count += inside
             if inside and count == kill_at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*arguments)
+            real(*arguments, **more)
             if inside and count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return result
 
-        return wrapped
+        setattr(owner, name, wrapped)
 
-    def in_targets(_, destination):
-        return Path(destination).is_relative_to(targets)
+    def below_tops(*paths, **more) -> bool:
+        path = Path(os.fsdecode(paths[-1]))
+        return more.get("dir_fd") is not None or any(path.is_relative_to(root / top) for top in TOPS)
 
-    os.link, os.replace = counted(os.link, in_targets), counted(os.replace, in_targets)
-    ObjectPath._put = counted(ObjectPath._put, lambda *_: True)
-    stage.Console = lambda **_: Console(quiet=True)
-    store = [f"data.all.targets={url}/{name}"] if url else []
+    for name in ("link", "replace", "rename", "unlink", "rmdir"):
+        counted(os, name, below_tops)
+    counted(ObjectPath, "_put", lambda *_: True)
+    store = [f"data.all.targets={url}/{root.name}"] if url else []
     try:
-        stage.run_pipeline(load_pipeline(pipeline, [f"run_dir={folder / name}", *store]))
-        (folder / f"{name}.count").write_text(str(count))
+        COMMANDS[command](load_pipeline(pipeline, [f"run_dir={root}", *store]))
+        (root / "count").write_text(str(count))
         os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 
 
-def tree(name: str) -> dict[str, bytes | None]:
-    root = folder / name / "targets"
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+TOPS = ("targets", "exported")
 
 
-def committed(name: str) -> dict[str, tuple[int, int]]:
+def tree(root: Path) -> dict[str, bytes | None]:
+    """What a command leaves; a manifest holds times."""
+    paths = [path for top in TOPS for path in sorted((root / top).rglob("*")) if path.name != "manifest.parquet"]
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def committed(root: Path) -> dict[str, tuple[int, int]]:
     """Inode and time of every commit, and of nothing else."""
-    root = folder / name / "targets"
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in sorted(root.glob("*/commits/*.parquet"))}
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in sorted(root.glob("targets/*/commits/*.parquet"))}
 
 
-assert run("unbroken") == 0
-whole = tree("unbroken")
-total = int((folder / "unbroken.count").read_text())
-for number, kill_at in enumerate(range(1, total + 1, every)):
-    name, after = f"killed-{kill_at}", bool(number % 2)
-    ended = run(name, kill_at, after)
-    before = committed(name)
-    again = run(name)
-    unchanged = {path: stamp for path, stamp in committed(name).items() if path in before} == before
-    print(
-        json.dumps(
-            {
-                "kill_at": kill_at,
-                "of": total,
-                "killed": os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL,
-                "finished": again == 0,
-                "commits_untouched": unchanged,
-                "differs": sorted(
-                    p for p in whole.keys() | tree(name).keys() if whole.get(p, 0) != tree(name).get(p, 0)
-                ),
-            }
-        ),
-        flush=True,
-    )
+def fresh(command: str, name: str) -> Path:
+    start, root = folder / command / "start", folder / command / name
+    if start.exists():
+        shutil.copytree(start, root)
+    return root
+
+
+for command, _, every in (argument.partition(":") for argument in sys.argv[3:]):
+    unbroken = fresh(command, "unbroken")
+    assert run(command, unbroken) == 0
+    whole = tree(unbroken)
+    total = int((unbroken / "count").read_text())
+    for number, kill_at in enumerate(range(1, total + 1, int(every))):
+        root, after = fresh(command, f"killed-{kill_at}"), bool(number % 2)
+        ended = run(command, root, kill_at, after)
+        before, left = committed(root), tree(root)
+        again = run(command, root)
+        now = tree(root)
+        point = {
+            "command": command,
+            "kill_at": kill_at,
+            "of": total,
+            "killed": os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGKILL,
+            "finished": again == 0,
+            "commits_untouched": {path: stamp for path, stamp in committed(root).items() if path in before} == before,
+            "left_behind": len(left),
+            "differs": sorted(path for path in whole.keys() | now.keys() if whole.get(path, 0) != now.get(path, 0)),
+        }
+        print(json.dumps(point), flush=True)
+        shutil.rmtree(root)

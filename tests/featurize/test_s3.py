@@ -64,8 +64,8 @@ def test_promise_3_once_killed_anywhere_in_s3_and_rerun_the_store_is_the_unbroke
     world: Any, s3: Any, tmp_path: Path, objects: Any
 ) -> None:
     script = Path(__file__).with_name("kill_points.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(world.file), str(tmp_path), "9", str(s3)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TARGETS_URL": str(s3)}
+    command = [sys.executable, str(script), str(world.file), str(tmp_path), "run:9"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     points = [json.loads(line) for line in done.stdout.splitlines()]

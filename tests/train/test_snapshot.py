@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from olavlm.config import PipelineConfig
+from olavlm.data import codec
+from olavlm.data.amend import TarAmender
 from olavlm.data.corpus import content_hash
 from olavlm.errors import OlaError
 from train.snapshot import Request, Snapshot
@@ -125,8 +127,38 @@ def test_promise_7_identity_targets_of_another_corpus_are_refused(own_world: Any
 def test_a_changed_commit_is_refused_by_name_on_resume(own_world: Any, tmp_path: Path) -> None:
     Snapshot.open(tmp_path, own_world.config(), DEPTH)
     file = own_world.target_set("depth").commit_file(own_world.corpus().tars[2])
-    file.write_bytes(file.read_bytes() + b" ")
+    pq.write_table(pq.read_table(file), file, compression="none")
     with pytest.raises(OlaError, match=rf"{file.name}.*changed since the run was pinned"):
+        Snapshot.open(tmp_path, own_world.config(), DEPTH)
+
+
+def test_a_run_goes_on_with_its_pinned_targets_when_failed_images_get_theirs(own_world: Any, tmp_path: Path) -> None:
+    before = Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    target = own_world.target_set("depth")
+    pinned = [before.sample(i) for i in range(sum(before.sizes))]
+    (failed,) = [s for s in pinned if any(image.targets["depth"] is None for image in s.images)]
+    tar = own_world.corpus().tar(failed.tar.name)
+    amender = TarAmender.open(target, tar)
+    assert amender is not None
+    with amender:
+        (image,) = failed.images
+        shape = (1, target.identity.tokens, target.identity.width)
+        values, scales = codec.encode(np.ones(shape, np.float32), target.identity.codec)
+        amender.add(failed.key, image.index, image.hash, values[0], None if scales is None else scales[0], 1.0, 1.0)
+        amender.commit()
+    after = Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    assert [after.sample(i) for i in range(len(pinned))] == pinned
+    for sample in pinned:
+        for image in sample.images:
+            if image.targets["depth"]:
+                target.read(image.targets["depth"], sample.key)
+    anew = Snapshot.open(tmp_path / "anew", own_world.config(), DEPTH)
+    samples = [anew.sample(i) for i in range(sum(anew.sizes))]
+    assert all(image.targets["depth"] for sample in samples for image in sample.images)
+
+    for kept in (target.path / "superseded" / tar.name).iterdir():
+        kept.unlink()
+    with pytest.raises(OlaError, match="changed since the run was pinned"):
         Snapshot.open(tmp_path, own_world.config(), DEPTH)
 
 
