@@ -5,7 +5,7 @@ from pathlib import Path
 
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
-from featurize.corpus.samples import PackReport, Progress
+from featurize.corpus.samples import PackReport, Progress, cores
 from olavlm.config import CaptionFolderSource, LlavaJsonSource, WebDatasetSource
 from olavlm.errors import OlaError
 
@@ -21,11 +21,11 @@ def build(
     match source:
         case LlavaJsonSource():
             roots = [Path(root) for root in source.image_roots]
-            return pack_llava_json(Path(source.json_file), roots, out, source.samples_per_tar, progress)
+            return pack_llava_json(Path(source.json_file), roots, out, source.samples_per_tar, progress, cores())
         case CaptionFolderSource():
-            return pack_caption_folder(Path(source.folder), out, source.samples_per_tar, progress)
+            return pack_caption_folder(Path(source.folder), out, source.samples_per_tar, progress, cores())
         case WebDatasetSource():
             tars = [Path(path) for path in sorted(glob.glob(source.tars, recursive=True))]
             if not tars:
                 raise OlaError(f"source.tars: no file matches {source.tars!r}")
-            return adopt(tars, out, progress)
+            return adopt(tars, out, progress, cores())
