@@ -92,8 +92,8 @@ def adopt(tars: list[Path], out: Path, progress: Progress | None = None, workers
 
 def _check_unchanged(out: Path, path: Path, tar: Tar) -> None:
     """OlaError unless a tar is what was adopted; it is read only where its size or its time leave that open."""
-    stat = path.stat()
-    if stat.st_size == tar.bytes and stat.st_mtime < index_file(out, tar.name).stat().st_mtime:
+    stat, index = path.stat(), index_file(out, tar.name)
+    if stat.st_size == tar.bytes and index.exists() and stat.st_mtime < index.stat().st_mtime:
         return
     digest = file_hash(path)
     if digest != tar.hash:

@@ -1,4 +1,4 @@
-"""The table of odd inputs (README, "Your images"): each has one outcome, whether it is packed or adopted."""
+"""The table of odd inputs (README, Your images): each has one outcome, whether it is packed or adopted."""
 
 import io
 import json
@@ -96,6 +96,7 @@ def adopted(folder: Path, data: bytes, name: str) -> tuple[Corpus, list]:
     return Corpus.open(folder / "adopted"), report.left_out
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", ["odd.jpg", "odd.png", "odd.gif"])  # what the name says does not matter
 @pytest.mark.parametrize("kind", USABLE)
 def test_an_odd_image_is_used(tmp_path, kind, name):

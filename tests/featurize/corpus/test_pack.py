@@ -212,7 +212,7 @@ def test_a_broken_line_is_left_out_by_its_number(source, tmp_path):
     report = pack_llava_json(lines, [source.images], tmp_path / "out")
     assert report.samples == 2
     assert [issue.key for issue in report.left_out] == ["line 2", "line 4"]
-    assert "line 2 is not JSON: Unterminated string" in report.left_out[0].reason
+    assert report.left_out[0].reason.startswith("line 2 is not JSON: ")
 
 
 def test_a_list_that_ends_early_is_refused_before_anything_is_written(source, tmp_path):
