@@ -177,8 +177,8 @@ def in_order(
 ) -> Iterator[Result]:
     """`map` in processes (with one worker: in this one): results in the order of the items.
 
-    Threads would not do: what holds the GIL (parsing, tar headers, opening an image) is a fifth of the work, so that
-    they stop gaining at four or five cores.
+    Threads would not do: decoding and hashing release the GIL, but parsing JSON, opening an image and moving samples
+    about do not, and would keep all but a few cores waiting.
 
     Args:
         function: picklable, as are its results.
