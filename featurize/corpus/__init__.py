@@ -6,7 +6,7 @@ from pathlib import Path
 
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
-from featurize.corpus.samples import PackReport, Progress
+from featurize.corpus.samples import PackReport, Progress, cores
 from olavlm.config import CaptionFolderSource, LlavaJsonSource, WebDatasetSource
 from olavlm.data.objects import AnyPath, as_path
 from olavlm.errors import OlaError
@@ -23,14 +23,14 @@ def build(
     match source:
         case LlavaJsonSource():
             roots = [Path(root) for root in source.image_roots]
-            return pack_llava_json(Path(source.json_file), roots, out, source.samples_per_tar, progress)
+            return pack_llava_json(Path(source.json_file), roots, out, source.samples_per_tar, progress, cores())
         case CaptionFolderSource():
-            return pack_caption_folder(Path(source.folder), out, source.samples_per_tar, progress)
+            return pack_caption_folder(Path(source.folder), out, source.samples_per_tar, progress, cores())
         case WebDatasetSource():
             tars = _matching(source.tars)
             if not tars:
                 raise OlaError(f"source.tars: no file matches {source.tars!r}")
-            return adopt(tars, out, progress)
+            return adopt(tars, out, progress, cores())
 
 
 def _matching(pattern: str) -> list[AnyPath]:

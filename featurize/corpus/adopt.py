@@ -9,7 +9,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from featurize.corpus.samples import (
+    IMAGE_EXTENSIONS,
     Issue,
     PackReport,
     Progress,
@@ -21,29 +24,29 @@ from featurize.corpus.samples import (
     text_length,
 )
 from featurize.corpus.writer import CorpusWriter
-from olavlm.data.corpus import Tar, content_hash, file_hash
+from olavlm.data.corpus import INDEX_SCHEMA, Tar, content_hash, file_hash, index_file
 from olavlm.data.objects import AnyPath, ObjectPath, join
 from olavlm.errors import OlaError
 
 #: A member's key and extension, as WebDataset parts them: the extension begins at the file name's first dot.
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
-_IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
+_IMAGE = re.compile(rf"(?:(\d{{1,9}})\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
-def adopt(tars: Sequence[AnyPath], out: Path, progress: Progress | None = None, threads: int = 4) -> PackReport:
+def adopt(tars: Sequence[AnyPath], out: Path, progress: Progress | None = None, workers: int = 1) -> PackReport:
     """Write the index of existing WebDataset tars; the tars stay as and where they are.
 
     A path is stored as it is given: an absolute one absolutely, a relative one relative to the corpus. Images are
-    ``jpg``, ``jpeg``, ``png`` or ``webp`` members (``0.jpg``, ``1.jpg``, … for several), the text is a ``json`` member
-    in LLaVA's schema or else a ``txt`` caption. Every image is decoded once: those that cannot be stay in the index
-    with the reason, and are listed. Samples without usable text and damaged tars are left out and listed. Tars the
-    corpus has already are skipped.
+    members with one of `IMAGE_EXTENSIONS` (``0.jpg``, ``1.jpg``, … for several), the text is a ``json`` member in
+    LLaVA's schema or else a ``txt`` caption. Every image is decoded once: those that cannot be stay in the index with
+    the reason, and are listed. Samples without usable text and damaged tars are left out and listed. Tars the corpus
+    has already are skipped; those written to since are hashed again to see that their content is the same.
 
     Args:
         tars: uncompressed tars, also in an object store.
         out: the corpus folder.
         progress: called after every tar.
-        threads: threads that decode.
+        workers: processes, each with a tar of its own; memory: the samples of a tar, without images, two times each.
 
     Raises:
         OlaError: a tar is missing, or has changed since it was adopted; or nothing at all could be adopted.
@@ -51,29 +54,85 @@ def adopt(tars: Sequence[AnyPath], out: Path, progress: Progress | None = None, 
     for path in tars:
         if not path.is_file():
             raise OlaError(f"tar {path}: there is no such file")
+        if not _is_unicode(str(path)):
+            raise OlaError(f"tar {path}: its path is not UTF-8; rename it")
+    given = {path.resolve(): path for path in tars}
     job = content_hash("\n".join(str(path.absolute()) for path in tars).encode())
+    left_out: list[Issue] = []
     with CorpusWriter(out, f"adopt {job}") as writer:
         before = len(writer.tars) - writer.resumed
-        earlier = {join(out, tar.path).resolve(): tar for tar in writer.tars[:before]}
-        resumed = {join(out, tar.path).resolve(): tar for tar in writer.tars[before:]}
-        left_out: list[Issue] = []
-        already = 0
-        for done, path in enumerate(tars, 1):
-            known = (earlier | resumed).get(path.resolve())
-            digest = file_hash(path)
-            if known is None:
-                left_out += _adopt_one(writer, path, digest, threads)
-            elif known.hash != digest:
-                raise OlaError(f"{path}: changed since it was adopted, hash {digest}, expected {known.hash}")
+        there = {join(out, tar.path).resolve(): tar for tar in writer.tars}
+        by_hash = {tar.hash: tar for tar in writer.tars}
+        new = [path for resolved, path in given.items() if resolved not in there]
+        for resolved in given.keys() & there.keys():
+            _check_unchanged(out, resolved, there[resolved])
+        done = len(given) - len(new)
+        for path, found in zip(new, in_order(_look_into, new, workers), strict=False):  # no item beyond the last path
+            same = by_hash.get(found.hash)
+            if same:
+                reason = f"the same content as tar {same.name} ({same.path})"
+                left_out.append(Issue(str(path), "", str(path), reason))
+            elif found.index is None:
+                left_out += found.issues
             else:
-                already += known.name not in {tar.name for tar in writer.tars[before:]}
+                tar = Tar(
+                    _free_name(writer, path), _stored(path, out), found.hash, found.bytes, found.samples, found.images
+                )
+                writer.add(tar, found.index, found.issues)
+                by_hash[tar.hash] = tar
+            done += 1
             if progress:
-                progress(done, len(tars), "tars")
+                progress(done, len(given), "tars")
+        earlier = {join(out, tar.path).resolve() for tar in writer.tars[:before]}
         left_out += writer.left_out
-        writer.finish({str(path) for path in tars if path.resolve() not in earlier}, left_out, [])
+        writer.finish({str(path) for resolved, path in given.items() if resolved not in earlier}, left_out, [])
         added = writer.tars[before:]
     samples, images = sum(tar.samples for tar in added), sum(tar.images for tar in added)
-    return PackReport(out, len(added), samples, images, already, left_out, renamed=[])
+    return PackReport(out, len(added), samples, images, len(given.keys() & earlier), left_out, renamed=[])
+
+
+def _check_unchanged(out: Path, path: AnyPath, tar: Tar) -> None:
+    """OlaError unless a tar is what was adopted; it is read only where its size or its time leave that open."""
+    stat, index = path.stat(), index_file(out, tar.name)
+    if stat.st_size == tar.bytes and index.exists() and stat.st_mtime < index.stat().st_mtime:
+        return
+    digest = file_hash(path)
+    if digest != tar.hash:
+        raise OlaError(f"{path}: changed since it was adopted, hash {digest}, expected {tar.hash}")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a tar holds; without an index it cannot be adopted, and the issues say why."""
+
+    hash: str
+    bytes: int
+    samples: int
+    images: int
+    index: pa.Table | None
+    issues: list[Issue]
+
+
+def _look_into(path: AnyPath) -> _Found:
+    """Read a tar: its hash, its index, what is wrong with it; runs in a process of its own."""
+    source = str(path)
+    rows: list[dict[str, Any]] = []
+    issues: list[Issue] = []
+    digest = ""
+    try:
+        digest = file_hash(path)
+        for sample in _samples(path):
+            new_rows, new_issues = _index(source, sample)
+            rows += new_rows
+            issues += new_issues
+    except (tarfile.TarError, OSError) as error:
+        return _Found(digest, 0, 0, 0, None, [Issue(source, "", source, f"damaged tar, or not a plain one: {error}")])
+    if not rows:
+        return _Found(digest, 0, 0, 0, None, [*issues, Issue(source, "", source, "no usable sample")])
+    images = sum(row["image_index"] >= 0 for row in rows)
+    samples = len({row["key"] for row in rows})
+    index = pa.Table.from_pylist(rows, INDEX_SCHEMA)
+    return _Found(digest, path.stat().st_size, samples, images, index, issues)
 
 
 @dataclass
@@ -86,29 +145,6 @@ class _Sample:
     problem: str | None = None
 
 
-def _adopt_one(writer: CorpusWriter, path: AnyPath, digest: str, threads: int) -> list[Issue]:
-    """Index one tar and hand it to the writer; returns why it was not, if it was not."""
-    source = str(path)
-    same = next((tar for tar in writer.tars if tar.hash == digest), None)
-    if same:
-        return [Issue(source, "", source, f"the same content as tar {same.name} ({same.path})")]
-    rows: list[dict[str, Any]] = []
-    issues: list[Issue] = []
-    try:
-        for new_rows, new_issues in in_order(lambda sample: _index(source, sample), _samples(path), threads):
-            rows += new_rows
-            issues += new_issues
-    except (tarfile.TarError, OSError) as error:
-        return [Issue(source, "", source, f"damaged tar, or not a plain one: {error}")]
-    if not rows:
-        return [*issues, Issue(source, "", source, "no usable sample")]
-    images = sum(row["image_index"] >= 0 for row in rows)
-    samples = len({row["key"] for row in rows})
-    tar = Tar(_free_name(writer, path), _stored(path, writer.out), digest, path.stat().st_size, samples, images)
-    writer.add(tar, rows, issues)
-    return []
-
-
 def _samples(path: AnyPath) -> Iterator[_Sample]:
     """The samples of a tar: runs of members with the same key, as WebDataset groups them."""
     seen: set[str] = set()
@@ -116,7 +152,7 @@ def _samples(path: AnyPath) -> Iterator[_Sample]:
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             match = _MEMBER.fullmatch(member.name)
-            if not (match and member.isreg()):
+            if not (match and member.isreg()) or member.issparse():  # a sparse member is no range of bytes
                 continue
             key, extension = match[1], match[2].lower()
             if key != sample.key:
@@ -131,6 +167,9 @@ def _samples(path: AnyPath) -> Iterator[_Sample]:
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end-of-archive mark at byte {tar.offset}; it was cut")
+        while padding := tar.fileobj.read(1 << 20):
+            if any(padding):
+                raise tarfile.ReadError(f"data behind the end-of-archive mark at byte {tar.offset}; tars joined?")
 
 
 def _take(sample: _Sample, extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -151,12 +190,12 @@ def _take(sample: _Sample, extension: str, tar: tarfile.TarFile, member: tarfile
 
 
 def _index(source: str, sample: _Sample) -> tuple[list[dict[str, Any]], list[Issue]]:
-    """Index rows of a sample and what is wrong with it; runs in a thread."""
+    """Index rows of a sample and what is wrong with it."""
     images = [sample.images[place] for place in sorted(sample.images)]
     try:
         if sample.problem:
             raise ValueError(sample.problem)
-        if re.search("[\ud800-\udfff]", sample.key):  # what tarfile makes of bytes that are no UTF-8
+        if not _is_unicode(sample.key):
             raise ValueError("the member's name is not UTF-8")
         text = _text(sample, len(images))
     except ValueError as error:
@@ -172,18 +211,19 @@ def _index(source: str, sample: _Sample) -> tuple[list[dict[str, Any]], list[Iss
 
 
 def _text(sample: _Sample, images: int) -> Text:
-    """The conversation, or else the caption (img2dataset's ``json`` is metadata); ValueError if neither fits."""
+    """The conversation, or else the caption; ValueError if it does not fit."""
     if not sample.texts:
         raise ValueError("no json or txt member")
-    problem = ValueError()
-    for member in ("json", "txt"):
-        if member in sample.texts:
-            offset, data = sample.texts[member]
-            try:
-                return Text(member, offset, len(data), text_length(member, data, images))
-            except ValueError as error:
-                problem = error
-    raise problem
+    _, conversations = sample.texts.get("json", (0, b""))
+    # img2dataset's json is metadata; but a conversation that is broken is never replaced by a caption in silence
+    member = "json" if b'"conversations"' in conversations or "txt" not in sample.texts else "txt"
+    offset, data = sample.texts[member]
+    return Text(member, offset, len(data), text_length(member, data, images))
+
+
+def _is_unicode(name: str) -> bool:
+    """False for what Python makes of a name whose bytes are no UTF-8."""
+    return not re.search("[\ud800-\udfff]", name)
 
 
 def _stored(path: AnyPath, out: Path) -> str:
@@ -195,7 +235,6 @@ def _stored(path: AnyPath, out: Path) -> str:
 
 def _free_name(writer: CorpusWriter, path: AnyPath) -> str:
     """A name no tar of the corpus has: the file's stem, with its folder's name or a number where that is taken."""
-    taken = {tar.name for tar in writer.tars}
     stem, longer = safe_key(path.stem), safe_key(f"{path.absolute().parent.name}-{path.stem}")
     numbered = (f"{longer}-{number}" for number in count(2))
-    return next(name for name in chain([stem, longer], numbered) if name not in taken)
+    return next(name for name in chain([stem, longer], numbered) if name not in writer.names)

@@ -16,6 +16,7 @@ from olavlm.data.objects import as_path, local_path
 
 _PACK = "pack LLaVA JSON or captioned images into a corpus, or add what an existing one does not have yet"
 _ADOPT = "make a corpus of existing WebDataset tars, or add them to one; only the index is written"
+_WORKERS = "processes that read and decode (every core: %(default)s)"
 
 
 def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,12 +30,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     pack.add_argument("--out", type=local_path, required=True, help="the corpus folder")
     pack.add_argument("--samples-per-tar", type=_positive, default=1000, metavar="N")
-    pack.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that read and decode")
+    pack.add_argument("--workers", type=_positive, default=shared.cores(), metavar="N", help=_WORKERS)
     pack.set_defaults(command=_pack, parser=pack)
     tars = commands.add_parser("adopt", help=_ADOPT, description=_ADOPT)
     tars.add_argument("tars", type=as_path, nargs="+", metavar="TAR", help="paths, or URLs like s3://bucket/0.tar")
     tars.add_argument("--out", type=local_path, required=True, help="the corpus folder")
-    tars.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that decode")
+    tars.add_argument("--workers", type=_positive, default=shared.cores(), metavar="N", help=_WORKERS)
     tars.set_defaults(command=_adopt)
 
 
@@ -71,7 +72,7 @@ def print_report(report: shared.PackReport) -> None:
 def _pack(args: argparse.Namespace) -> None:
     if bool(args.llava_json) != bool(args.images):
         args.parser.error("--llava-json needs --images, and --captions goes without")
-    common: dict[str, Any] = {"samples_per_tar": args.samples_per_tar, "threads": args.threads}
+    common: dict[str, Any] = {"samples_per_tar": args.samples_per_tar, "workers": args.workers}
     with progress_bar(f"packing {args.out}") as progress:
         if args.llava_json:
             report = pack_llava_json(args.llava_json, args.images, args.out, progress=progress, **common)
@@ -82,7 +83,7 @@ def _pack(args: argparse.Namespace) -> None:
 
 def _adopt(args: argparse.Namespace) -> None:
     with progress_bar(f"adopting into {args.out}") as progress:
-        report = adopt(args.tars, args.out, progress, args.threads)
+        report = adopt(args.tars, args.out, progress, args.workers)
     print_report(report)
 
 

@@ -1,19 +1,35 @@
 """Packing: LLaVA JSON with image folders, or a folder of captioned images, into a corpus of WebDataset tars."""
 
+import codecs
+import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from featurize.corpus.samples import ImageFacts, Issue, PackReport, Progress, in_order, look_at, safe_key, text_length
+import ijson
+
+from featurize.corpus.samples import (
+    IMAGE_EXTENSIONS,
+    ImageFacts,
+    Issue,
+    PackReport,
+    Progress,
+    in_order,
+    look_at,
+    safe_key,
+    text_length,
+)
 from featurize.corpus.writer import CorpusWriter, TarBuilder, packed_path
 from olavlm.data.corpus import IMAGE_PLACEHOLDER, Corpus, content_hash
 from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_TOGETHER = 8  # samples that travel to a worker at once
 
 
 def pack_llava_json(
@@ -22,7 +38,7 @@ def pack_llava_json(
     out: Path,
     samples_per_tar: int = 1000,
     progress: Progress | None = None,
-    threads: int = 4,
+    workers: int = 1,
 ) -> PackReport:
     """Pack LLaVA JSON, a list of ``{"id", "image", "conversations"}`` (``image`` absent, a path or a list of paths).
 
@@ -30,13 +46,16 @@ def pack_llava_json(
     used is left out and listed. Packing into a corpus that is there adds the samples it does not have: a sample is the
     same if its JSON is.
 
+    The JSON is streamed, whatever its size; what stays in memory is key and hash of every sample, of the corpus and
+    of the JSON: about 0.3 kB each.
+
     Args:
-        json_file: ``.json``, or ``.jsonl`` with one sample per line.
+        json_file: a list, or with the name ``.jsonl`` one sample per line.
         image_roots: folders the image paths are relative to, searched in this order.
         out: the corpus folder.
         samples_per_tar: samples in every tar but the last.
         progress: called after every sample.
-        threads: threads that read and decode; each holds two samples at most.
+        workers: processes that read and decode; each holds 16 samples at most.
 
     Raises:
         OlaError: a file or folder is missing or not what it should be, or nothing at all could be packed.
@@ -44,12 +63,12 @@ def pack_llava_json(
     for root in image_roots:
         if not root.is_dir():
             raise OlaError(f"image folder {root}: there is no such folder")
-    samples, digest = _read_json(json_file)
-    return _pack(str(json_file), digest, samples, image_roots, out, samples_per_tar, progress, threads)
+    read = _read_lines if json_file.suffix == ".jsonl" else _read_list
+    return _pack(str(json_file), partial(read, json_file), image_roots, out, samples_per_tar, progress, workers)
 
 
 def pack_caption_folder(
-    folder: Path, out: Path, samples_per_tar: int = 1000, progress: Progress | None = None, threads: int = 4
+    folder: Path, out: Path, samples_per_tar: int = 1000, progress: Progress | None = None, workers: int = 1
 ) -> PackReport:
     """Pack a folder (with its subfolders) of images, each with a ``.txt`` caption of the same stem beside it.
 
@@ -58,36 +77,25 @@ def pack_caption_folder(
     if not folder.is_dir():
         raise OlaError(f"caption folder {folder}: there is no such folder")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    described = {image.with_suffix(".txt") for image in images}
-    alone = [path for path in files if path.suffix == ".txt" and path not in described]
-    left_out = [_about(path, folder, "caption without an image") for path in alone]
-    samples = []
-    for image in images:
-        try:
-            samples.append(_captioned(image, folder))
-        except ValueError as error:
-            left_out.append(_about(image, folder, str(error)))
-    digest = content_hash(json.dumps(samples).encode())
-    return _pack(str(folder), digest, samples, [folder], out, samples_per_tar, progress, threads, left_out)
+    return _pack(str(folder), partial(_read_captions, folder, files), [folder], out, samples_per_tar, progress, workers)
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A sample to be packed: its id, its key, its JSON, the images it names."""
+class _Sample:
+    """A sample of the source: its id, its JSON, the images it names."""
 
     name: str
-    key: str
     text: bytes
     images: list[str]
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A sample that can be packed: images as (extension, bytes, facts), the JSON, characters of its turns."""
+    """A sample that can be packed: its key, images as (extension, bytes, facts), the JSON, characters of its turns."""
 
-    candidate: _Candidate
+    key: str
     images: list[tuple[str, bytes, ImageFacts]]
+    text: bytes
     length: int
 
 
@@ -102,21 +110,13 @@ class _Keys:
     renamed: list[Issue] = field(default_factory=list)
     _new: dict[str, str] = field(default_factory=dict)
 
-    def candidates(self, samples: Iterable[Any]) -> Iterator[_Candidate]:
-        """The samples that are still to be packed."""
-        for position, sample in enumerate(samples):
-            name = f"{position:09d}"
-            try:
-                if not isinstance(sample, dict):
-                    raise ValueError(f"expected an object, found {str(sample)[:40]!r}")
-                name = name if sample.get("id") is None else str(sample["id"])
-                images = _image_names(sample)
-                text = json.dumps(sample, ensure_ascii=False).encode()
-            except ValueError as error:
-                self.left_out.append(Issue(self.source, name, self.source, str(error)))
-                continue
-            if key := self._key(name, text, images[0] if images else self.source):
-                yield _Candidate(name, key, text, images)
+    def candidates(self, samples: Iterable[_Sample | Issue]) -> Iterator[tuple[str, _Sample]]:
+        """The samples that are still to be packed, and their keys."""
+        for sample in samples:
+            if isinstance(sample, Issue):
+                self.left_out.append(sample)
+            elif key := self._key(sample.name, sample.text, sample.images[0] if sample.images else self.source):
+                yield key, sample
 
     def _key(self, name: str, text: bytes, file: str) -> str | None:
         """The sample's key, or None if there is nothing to pack: the corpus has it, or the source says it twice."""
@@ -146,38 +146,39 @@ class _Keys:
 
 def _pack(
     source: str,
-    digest: str,
-    samples: list[Any],
+    read: Callable[[], Iterator[Any]],
     roots: list[Path],
     out: Path,
     samples_per_tar: int,
     progress: Progress | None,
-    threads: int,
-    left_out: list[Issue] | None = None,
+    workers: int,
 ) -> PackReport:
-    """Pack parsed samples; `digest` stands for them in the job's name."""
+    """Pack what `read` yields, which is samples or, in the place of one, what is wrong with it."""
+    total, digest = _survey(_samples(source, read()))
     job = content_hash(json.dumps([digest, [str(root) for root in roots], samples_per_tar]).encode())
     with CorpusWriter(out, f"pack {job}") as writer:
         before = len(writer.tars) - writer.resumed
-        keys = _Keys(source, _packed_samples(writer), left_out=left_out or [])
+        keys = _Keys(source, _packed_samples(writer))
         tar: TarBuilder | None = None
         done = 0
         try:
-            prepared = in_order(lambda c: _prepare(source, c, roots), keys.candidates(samples), threads)
-            for packed in prepared:
+            prepare = partial(_prepare, source, roots)
+            for packed in in_order(prepare, keys.candidates(_samples(source, read())), workers, _TOGETHER):
                 if isinstance(packed, Issue):
                     keys.left_out.append(packed)
                 else:
                     tar = tar or TarBuilder(out, _free_name(writer))
-                    tar.add(packed.candidate.key, packed.images, packed.candidate.text, packed.length)
+                    tar.add(packed.key, packed.images, packed.text, packed.length)
                     if tar.samples == samples_per_tar:
                         tar.publish(writer)
                         tar = None
                     done += 1
                 if progress:
-                    progress(done + keys.already + len(keys.left_out), len(samples), "samples")
+                    progress(done + keys.already + len(keys.left_out), total, "samples")
             if tar:
                 tar.publish(writer)
+            if progress:
+                progress(total, total, "samples")
         finally:
             if tar:
                 tar.discard()
@@ -194,18 +195,45 @@ def _pack(
     )
 
 
-def _prepare(source: str, candidate: _Candidate, roots: list[Path]) -> _Packed | Issue:
-    """Read and check a sample; runs in a thread."""
+def _samples(source: str, given: Iterable[Any]) -> Iterator[_Sample | Issue]:
+    """What a source gives, as samples; a sample without an id is called by its position."""
+    for position, sample in enumerate(given):
+        if isinstance(sample, Issue):
+            yield sample
+            continue
+        name = f"{position:09d}"
+        try:
+            if not isinstance(sample, dict):
+                raise ValueError(f"expected an object, found {str(sample)[:40]!r}")
+            name = name if sample.get("id") is None else str(sample["id"])
+            yield _Sample(name, json.dumps(sample, ensure_ascii=False).encode(), _image_names(sample))
+        except (ValueError, RecursionError) as error:
+            yield Issue(source, name, source, str(error))
+
+
+def _survey(samples: Iterable[_Sample | Issue]) -> tuple[int, str]:
+    """How many samples there are, and a hash of them all; finds a damaged file before anything is written."""
+    number = 0
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        number += 1
+        digest.update((sample.reason.encode() if isinstance(sample, Issue) else sample.text) + b"\n")
+    return number, digest.hexdigest()
+
+
+def _prepare(source: str, roots: list[Path], candidate: tuple[str, _Sample]) -> _Packed | Issue:
+    """Read and check a sample; runs in a worker."""
+    key, sample = candidate
     file = source
     try:
-        length = text_length("json", candidate.text, len(candidate.images))
+        length = text_length("json", sample.text, len(sample.images))
         images = []
-        for name in candidate.images:
+        for name in sample.images:
             file = name
             images.append(_stored(_read_image(name, roots)))
     except ValueError as error:
-        return Issue(source, candidate.name, file, str(error))
-    return _Packed(candidate, images, length)
+        return Issue(source, sample.name, file, str(error))
+    return _Packed(key, images, sample.text, length)
 
 
 def _read_image(name: str, roots: list[Path]) -> bytes:
@@ -213,7 +241,7 @@ def _read_image(name: str, roots: list[Path]) -> bytes:
     for root in roots:
         try:
             return (root / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror})") from None
@@ -251,25 +279,35 @@ def _image_names(sample: dict[str, Any]) -> list[str]:
     return names
 
 
-def _captioned(image: Path, folder: Path) -> dict[str, Any]:
-    """A LLaVA sample of an image and the caption beside it; ValueError without a readable one."""
+def _read_captions(folder: Path, files: list[Path]) -> Iterator[dict[str, Any] | Issue]:
+    """A LLaVA sample for every image of a folder that has a caption; an issue for every file that is alone."""
+    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+    described = {path.with_suffix(".txt") for path in files if path.suffix.lower() in suffixes}
+    for path in files:
+        name = path.relative_to(folder)
+        try:
+            if path.suffix.lower() in suffixes:
+                turns = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": _caption(path)}]
+                yield {"id": name.with_suffix("").as_posix(), "image": name.as_posix(), "conversations": turns}
+            elif path.suffix == ".txt" and path not in described:
+                raise ValueError("caption without an image")
+        except ValueError as error:
+            yield Issue(str(folder), name.with_suffix("").as_posix(), str(name), str(error))
+
+
+def _caption(image: Path) -> str:
+    """The caption beside an image; ValueError without a readable one."""
     try:
-        caption = image.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        caption = image.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         raise ValueError("no caption beside it") from None
     except UnicodeDecodeError:
         raise ValueError("its caption is not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"its caption cannot be read ({error.strerror})") from None
     if not caption:
         raise ValueError("its caption is empty")
-    name = image.relative_to(folder)
-    turns = [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": caption}]
-    return {"id": name.with_suffix("").as_posix(), "image": name.as_posix(), "conversations": turns}
-
-
-def _about(file: Path, folder: Path, reason: str) -> Issue:
-    """An issue with a file of a caption folder."""
-    name = file.relative_to(folder)
-    return Issue(str(folder), name.with_suffix("").as_posix(), str(name), reason)
+    return caption
 
 
 def _packed_samples(writer: CorpusWriter) -> dict[str, str]:
@@ -286,22 +324,37 @@ def _packed_samples(writer: CorpusWriter) -> dict[str, str]:
 
 def _free_name(writer: CorpusWriter) -> str:
     """The next number that no tar of the corpus has."""
-    names = {tar.name for tar in writer.tars}
-    return next(name for number in range(len(names), 2 * len(names) + 1) if (name := f"{number:06d}") not in names)
+    return next(name for number in count(len(writer.names)) if (name := f"{number:06d}") not in writer.names)
 
 
-def _read_json(file: Path) -> tuple[list[Any], str]:
-    """The samples of a LLaVA JSON file, and its content hash."""
+def _read_list(file: Path) -> Iterator[Any]:
+    """The samples of a JSON list, one at a time; OlaError if it is none."""
+    number = 0
     try:
-        data = file.read_bytes()
-        if file.suffix == ".jsonl":
-            samples = [json.loads(line) for line in data.splitlines() if line.strip()]
-        else:
-            samples = json.loads(data)
+        with open(file, "rb") as stream:
+            start = stream.read(io.DEFAULT_BUFFER_SIZE)
+            if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                raise OlaError(f"{file}: expected a list of samples (a file of one sample per line is called .jsonl)")
+            stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+            for sample in ijson.items(stream, "item", use_float=True):
+                yield sample
+                number += 1
     except OSError as error:
         raise OlaError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise OlaError(f"{file}: not JSON: {error}") from None
-    if not isinstance(samples, list):
-        raise OlaError(f"{file}: expected a list of samples, found {type(samples).__name__}")
-    return samples, content_hash(data)
+    except ijson.JSONError as error:
+        reason = str(error).splitlines()[0]
+        raise OlaError(f"{file}: not JSON (after {number:,} samples: {reason})") from None
+
+
+def _read_lines(file: Path) -> Iterator[Any]:
+    """The samples of JSON lines, one at a time; an issue in the place of a line that is none."""
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield Issue(str(file), f"line {number}", str(file), f"line {number} is not JSON: {error}")
+    except OSError as error:
+        raise OlaError(f"{file}: cannot be read ({error.strerror})") from None

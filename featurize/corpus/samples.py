@@ -1,16 +1,26 @@
-"""What packing and adopting share: looking at a sample, index rows, lists of what was left out, threads in order."""
+"""What packing and adopting share: looking at a sample, index rows, lists of what was left out, processes in order."""
 
 import json
+import os
 import re
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from olavlm.data.corpus import IMAGE_PLACEHOLDER, content_hash, conversation
 from olavlm.data.images import decode_image
+from olavlm.errors import OlaError
+
+#: File names that mean an image; what the bytes are is seen when they are decoded.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
 
 #: Called with (done, total, what is counted); total is None where it is not known.
 Progress = Callable[[int, int | None, str], None]
@@ -157,17 +167,65 @@ def safe_key(name: str) -> str:
     return f"{key[: _KEY_LENGTH - 9]}-{digest}"
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map` in threads: results in the order of the items, never more than two items per thread under way."""
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[Future[Result]] = deque()
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, together: int = 1
+) -> Iterator[Result]:
+    """`map` in processes (with one worker: in this one): results in the order of the items.
+
+    Threads would not do: decoding and hashing release the GIL, but parsing JSON, opening an image and moving samples
+    about do not, and would keep all but a few cores waiting.
+
+    Args:
+        function: picklable, as are its results.
+        items: read at most 2 × `workers` × `together` ahead of the results.
+        workers: processes. They start where they are needed and end with this one, however it ends.
+        together: items that travel at once, where one is so little work that sending it alone would cost more.
+
+    Raises:
+        OlaError: a worker was killed.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    rest = iter(items)
+    chunks = iter(lambda: list(islice(rest, together)), [])
+    context = get_context("forkserver")  # a plain fork would copy whatever lock a thread of this process holds
+    context.set_forkserver_preload([__name__])
+    running: deque[Future[list[Result]]] = deque()
+    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
         try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) >= 2 * threads:
-                    yield running.popleft().result()
+            for chunk in chunks:
+                running.append(pool.submit(_each, function, chunk))
+                if len(running) >= 2 * workers:
+                    yield from running.popleft().result()
             while running:
-                yield running.popleft().result()
+                yield from running.popleft().result()
+        except BrokenProcessPool:
+            raise OlaError(
+                "a worker process was killed (out of memory?); run the same command again, perhaps with fewer --workers"
+            ) from None
         finally:
             for future in running:
                 future.cancel()
+
+
+def _each(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
+    return [function(item) for item in chunk]
+
+
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot tell its workers to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()

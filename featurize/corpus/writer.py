@@ -1,8 +1,9 @@
 """Contract 1, the writing side: tars and their index become part of a corpus all at once, or not at all.
 
-While a job runs, its finished tars are listed in ``pending.parquet`` only. The end of the job moves them to
-``tars.parquet`` and, for a new corpus, writes ``corpus.json``. A job that was killed leaves a corpus without its tars
-(or no corpus); the same job started again goes on after the last pending tar, another job removes them first.
+While a job runs, its finished tars are listed in ``pending.jsonl`` only: a line that names the job, then one per tar.
+The end of the job moves them to ``tars.parquet`` and, for a new corpus, writes ``corpus.json``. A job that was killed
+leaves a corpus without its tars (or no corpus); the same job started again goes on after the last pending tar, another
+job removes them first.
 """
 
 import fcntl
@@ -31,7 +32,6 @@ from olavlm.data.corpus import (
     content_hash,
     file_hash,
     index_file,
-    read_parquet,
 )
 from olavlm.errors import OlaError
 
@@ -42,6 +42,7 @@ class CorpusWriter:
     Attributes:
         out: the corpus folder.
         tars: the corpus' tars, then this job's.
+        names: their names.
         resumed: how many of this job's tars a killed run of it has left.
         left_out: what was found wrong with this job's tars when they were added.
     """
@@ -56,6 +57,8 @@ class CorpusWriter:
         self.out = out
         self.job = job
         self.tars: list[Tar] = []
+        self.names: set[str] = set()
+        self.resumed = 0
         self.left_out: list[Issue] = []
         self._finished = 0
         self._lock = -1
@@ -70,22 +73,28 @@ class CorpusWriter:
             raise OlaError(f"{self.out}: another process is packing into this corpus") from None
         finished = Corpus.open(self.out).tars if (self.out / "corpus.json").exists() else []
         self._finished = len(finished)
-        self.tars = finished + self._take_up({tar.name for tar in finished})
+        self.names = {tar.name for tar in finished}
+        self.tars = finished
+        self._take_up()
         self.resumed = len(self.tars) - self._finished
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         os.close(self._lock)
 
-    def add(self, tar: Tar, rows: list[dict[str, Any]], left_out: Sequence[Issue] = ()) -> None:
-        """Write a tar's index and list the tar as pending, with what was found wrong with it."""
-        index = to_parquet(pa.Table.from_pylist(rows, INDEX_SCHEMA), {"tar_hash": tar.hash})
-        atomic.replace(index_file(self.out, tar.name), index)
-        self.tars.append(tar)
-        self.left_out += left_out
-        notes = "\n".join(issue.line() for issue in self.left_out)
-        pending = to_parquet(_table(self.tars[self._finished :]), {"job": self.job, "left_out": notes})
-        atomic.replace(self._pending, pending)
+    def add(self, tar: Tar, index: pa.Table, left_out: Sequence[Issue] = ()) -> None:
+        """List a tar as pending, with what was found wrong with it, and write its index (`INDEX_SCHEMA`).
+
+        In this order, so that no file of the corpus is ever unlisted; a tar whose index is missing is not taken up.
+        """
+        if not self._pending.exists():
+            self._list_pending([])
+        with open(self._pending, "ab") as pending:  # one line more, whatever the number of tars
+            pending.write(_line({"tar": asdict(tar), "left_out": [asdict(issue) for issue in left_out]}))
+            pending.flush()
+            os.fsync(pending.fileno())
+        atomic.replace(index_file(self.out, tar.name), to_parquet(index, {"tar_hash": tar.hash}))
+        self._take(tar, left_out)
 
     def finish(self, sources: set[str], left_out: Sequence[Issue], renamed: Sequence[Issue]) -> None:
         """Make the pending tars part of the corpus.
@@ -113,31 +122,41 @@ class CorpusWriter:
 
     @property
     def _pending(self) -> Path:
-        return self.out / "pending.parquet"
+        return self.out / "pending.jsonl"
 
-    def _take_up(self, finished: set[str]) -> list[Tar]:
-        """This job's pending tars; what a killed run left otherwise is removed."""
+    def _list_pending(self, entries: list[dict[str, Any]]) -> None:
+        """Set what is pending of this job."""
+        atomic.replace(self._pending, b"".join(map(_line, [{"job": self.job}, *entries])))
+
+    def _take(self, tar: Tar, left_out: Sequence[Issue]) -> None:
+        self.tars.append(tar)
+        self.names.add(tar.name)
+        self.left_out += left_out
+
+    def _take_up(self) -> None:
+        """Take this job's pending tars; what a killed run left otherwise is removed."""
         for pattern in (".*.jsonl.*-*.tmp", ".*.parquet.*-*.tmp", "index/.*.parquet.*-*.tmp", "tars/.*.tar.*-*.tmp"):
             for leftover in self.out.glob(pattern):
                 leftover.unlink()
         atomic.sweep(self.out / "corpus.json")
         if not self._pending.exists():
-            return []
-        table = read_parquet(self._pending, TARS_SCHEMA)
-        pending = [tar for row in table.to_pylist() if (tar := Tar(**row)).name not in finished]
-        metadata = table.schema.metadata or {}
-        job = metadata.get(b"job", b"").decode()
+            return
+        lines = self._pending.read_bytes().splitlines(keepends=True)
+        job, *entries = [json.loads(line) for line in lines if line.endswith(b"\n")]  # the last may be cut
+        same = job["job"] == self.job
         kept = []
-        for tar in pending:
-            if job == self.job and (self.out / tar.path).exists():
-                kept.append(tar)
+        for entry in entries:
+            tar = Tar(**entry["tar"])
+            if tar.name in self.names:
                 continue
-            if job.startswith("pack "):  # adopted tars are not ours to remove
+            if same and (self.out / tar.path).exists() and index_file(self.out, tar.name).exists():
+                kept.append(entry)
+                self._take(tar, [Issue(**issue) for issue in entry["left_out"]])
+                continue
+            if job["job"].startswith("pack "):  # adopted tars are not ours to remove
                 (self.out / tar.path).unlink(missing_ok=True)
             index_file(self.out, tar.name).unlink(missing_ok=True)
-        if job == self.job:
-            self.left_out = [Issue(**json.loads(line)) for line in metadata[b"left_out"].decode().splitlines()]
-        return kept
+        self._list_pending(kept)
 
 
 class TarBuilder:
@@ -184,7 +203,8 @@ class TarBuilder:
             raise OlaError(
                 f"{self._path}: this file is in the way and no part of the corpus; move it or choose another --out"
             )
-        writer.add(tar, self._rows)  # first, so that a tar under its final name is always listed and never an orphan
+        index = pa.Table.from_pylist(self._rows, INDEX_SCHEMA)
+        writer.add(tar, index)  # first, so that a tar under its final name is always listed and never an orphan
         os.replace(self._temporary, self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
@@ -216,6 +236,10 @@ def to_parquet(table: pa.Table, metadata: dict[str, str]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
     return bytes(sink.getvalue())
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _table(tars: list[Tar]) -> pa.Table:

@@ -55,8 +55,6 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-#: Open tars kept per corpus.
-
 
 def content_hash(data: bytes) -> str:
     """The hash that names contents everywhere: BLAKE2b, 16 bytes, in hex."""
@@ -69,7 +67,7 @@ def file_hash(path: AnyPath) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tar:
     """One tar of a corpus, as ``tars.parquet`` lists it.
 
@@ -119,8 +117,8 @@ class Corpus:
             raise OlaError(f"{manifest}: not a corpus manifest ({error!r}), expected schema and id") from None
         if version != SCHEMA_VERSION:
             raise OlaError(f"{manifest}: schema version {version}, this software reads {SCHEMA_VERSION}")
-        rows = read_parquet(path / "tars.parquet", TARS_SCHEMA).to_pylist()
-        return cls(path, corpus_id, [Tar(**row) for row in rows])
+        columns = read_parquet(path / "tars.parquet", TARS_SCHEMA).to_pydict()
+        return cls(path, corpus_id, [Tar(*row) for row in zip(*columns.values(), strict=True)])
 
     def tar(self, name: str) -> Tar:
         """The tar of that name.
@@ -190,8 +188,9 @@ def conversation(text_member: str, data: bytes) -> list[dict[str, str]]:
         data: the member's bytes.
 
     Returns:
-        ``[{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]``, alternating; a leading ``gpt`` turn is
-        dropped, as LLaVA's training does.
+        ``[{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]``, alternating. As LLaVA's training does, a
+        leading ``gpt`` turn is dropped, and the image a turn speaks of goes to its front, wherever its placeholder was
+        (half of LLaVA-558K ends in ``\\n<image>``); of several in a turn each stays in its place.
 
     Raises:
         ValueError: not UTF-8, not JSON, or not turns of human and gpt; the message is the reason.
@@ -206,7 +205,7 @@ def conversation(text_member: str, data: bytes) -> list[dict[str, str]]:
         return [{"from": "human", "value": IMAGE_PLACEHOLDER}, {"from": "gpt", "value": text.strip()}]
     try:
         sample = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     return _turns(sample)
 
@@ -227,6 +226,10 @@ def _turns(sample: Any) -> list[dict[str, str]]:
         raise ValueError("turns do not alternate between human and gpt")
     if len(result) < 2:
         raise ValueError("no answer of gpt in the conversation")
+    for turn in result:
+        if turn["value"].count(IMAGE_PLACEHOLDER) == 1:
+            text = turn["value"].replace(IMAGE_PLACEHOLDER, "").strip()
+            turn["value"] = f"{IMAGE_PLACEHOLDER}\n{text}".strip()
     return result
 
 

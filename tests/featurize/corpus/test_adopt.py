@@ -4,7 +4,11 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from featurize.corpus import adopt, build, pack_llava_json
@@ -24,9 +28,9 @@ def llava(images: int = 1) -> bytes:
     return json.dumps({"conversations": turns}).encode()
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(path, "w", format=form) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -39,19 +43,81 @@ def rows_of(out: Path) -> list[dict]:
     return [row for tar in corpus.tars for row in corpus.index(tar).to_pylist()]
 
 
-def test_img2dataset_captions_are_read_as_one_turn(tmp_path):
-    metadata = json.dumps({"caption": "A dot.", "url": "http://…", "status": "success"}).encode()
-    tar = write_tar(
-        tmp_path / "00000.tar",
-        [("000000000.jpg", picture()), ("000000000.json", metadata), ("000000000.txt", b"A dot.")],
+def img2dataset(folder: Path, shard: int, captions: list[str | None]) -> Path:
+    """A shard as img2dataset 1.x writes it; a caption of None stands for a download that failed."""
+    members = []
+    for i, caption in enumerate(captions):
+        key = f"{shard:05d}{i:04d}"
+        about = {"caption": caption, "url": "http://…", "key": key, "status": "success", "error_message": None}
+        about |= {"width": 12, "height": 8, "original_width": 12, "original_height": 8, "exif": "{}", "sha256": "0f"}
+        if caption is not None:
+            members += [(f"{key}.jpg", picture()), (f"{key}.json", json.dumps(about).encode())]
+            members += [(f"{key}.txt", caption.encode())]
+    (folder / f"{shard:05d}_stats.json").parent.mkdir(exist_ok=True)
+    (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": len(captions), "failed_to_download": 1}))
+    pq.write_table(
+        pa.table({"key": [f"{shard:05d}{i:04d}" for i in range(len(captions))]}), folder / f"{shard:05d}.parquet"
     )
-    report = adopt([tar], tmp_path / "out")
-    assert (report.samples, report.images, report.left_out) == (1, 1, [])
-    (row,) = rows_of(tmp_path / "out")
-    assert (row["key"], row["text_member"], row["width"], row["height"]) == ("000000000", "txt", 12, 8)
+    return write_tar(folder / f"{shard:05d}.tar", members)
+
+
+def test_img2dataset_output_is_read_as_captions(tmp_path, keys):
+    for shard in range(2):
+        img2dataset(tmp_path / "laion", shard, ["A dot.", None, "", "Ein „Käse“."])
+    report = build(WebDatasetSource(kind="webdataset", tars=str(tmp_path / "laion" / "*.tar")), tmp_path / "out")
+    assert (report.tars, report.samples, report.images) == (2, 4, 4)
+    assert [(i.key, i.reason) for i in report.left_out] == [
+        ("000000002", "empty caption"),
+        ("000010002", "empty caption"),
+    ]
     corpus = Corpus.open(tmp_path / "out")
-    text = corpus.read(corpus.tars[0], row["text_offset"], row["text_bytes"])
-    assert conversation("txt", text)[1]["value"] == "A dot."
+    assert keys(corpus) == ["000000000", "000000003", "000010000", "000010003"]
+    row = corpus.index(corpus.tars[1]).to_pylist()[1]
+    assert (row["text_member"], row["width"], row["height"]) == ("txt", 12, 8)
+    text = corpus.read(corpus.tars[1], row["text_offset"], row["text_bytes"])
+    assert conversation("txt", text)[1]["value"] == "Ein „Käse“."
+
+
+def test_what_lies_beside_a_tar_is_left_out_with_the_reason(tmp_path):
+    tar = img2dataset(tmp_path / "laion", 0, ["A dot."])
+    report = adopt(sorted(tar.parent.iterdir()), tmp_path / "out")
+    assert [Path(i.file).name for i in report.left_out] == ["00000.parquet", "00000_stats.json"]
+    assert all(i.reason.startswith("damaged tar, or not a plain one") for i in report.left_out)
+    assert report.tars == 1
+
+
+def test_a_broken_conversation_is_not_replaced_by_the_caption_beside_it(tmp_path):
+    silent = json.dumps({"conversations": []}).encode()
+    members = [
+        *[("a.jpg", picture()), ("a.json", silent), ("a.txt", b"A dot.")],
+        *[("b.jpg", picture()), ("b.json", llava()), ("b.txt", b"A dot.")],
+    ]
+    report = adopt([write_tar(tmp_path / "t.tar", members)], tmp_path / "out")
+    assert [(i.key, i.reason) for i in report.left_out] == [("a", "no answer of gpt in the conversation")]
+    assert [row["text_member"] for row in rows_of(tmp_path / "out")] == ["json"]
+
+
+def test_workers_do_not_show(tmp_path, contents):
+    tars = [img2dataset(tmp_path / "laion", shard, ["A.", None, "", str(shard)]) for shard in range(5)]
+    tars[3].write_bytes(tars[3].read_bytes()[:700])
+    for workers in (1, 2):
+        adopt(tars, tmp_path / f"{workers}", workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), form=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
+def test_a_damaged_tar_never_stops_the_others(tmp_path_factory, data, form):
+    folder = tmp_path_factory.mktemp("damaged")
+    members = [("ü" * 90 + ".json", llava(0)), ("k" * 150 + ".json", llava(0))]
+    good = bytearray(write_tar(folder / "good.tar", members, form).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "bad.tar").write_bytes(good[: data.draw(st.integers(0, len(good)))])
+    report = adopt([folder / "bad.tar", folder / "good.tar"], folder / "out")
+    adopted = Corpus.open(folder / "out").tars
+    assert "good" in [tar.name for tar in adopted] or "the same content" in report.left_out[0].reason
+    assert len(adopted) == 2 or report.left_out
 
 
 def test_adopting_writes_only_the_index(tmp_path, contents):
@@ -156,6 +222,14 @@ def test_a_tar_cut_between_two_members_is_left_out_whole(tmp_path):
             adopt([cut], tmp_path / "out")
 
 
+def test_two_tars_joined_in_one_file_are_left_out_whole(tmp_path):
+    one, two = (write_tar(tmp_path / f"{i}.tar", [(f"{i}.json", llava(0))]) for i in range(2))
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    report = adopt([joined, one], tmp_path / "out")
+    assert [(i.file, "tars joined" in i.reason) for i in report.left_out] == [(str(joined), True)]
+
+
 def test_a_compressed_tar_is_left_out_with_the_reason(tmp_path):
     plain = write_tar(tmp_path / "plain.tar", [("t.json", llava(0))])
     packed = tmp_path / "packed.tar"
@@ -191,6 +265,23 @@ def test_a_tar_that_changed_since_is_refused(tmp_path):
     adopt([tar], tmp_path / "out")
     write_tar(tar, [("u.json", llava(0))])
     with pytest.raises(OlaError, match=r"t\.tar: changed since it was adopted"):
+        adopt([tar], tmp_path / "out")
+
+
+def test_a_tar_that_was_only_touched_is_still_known(tmp_path):
+    tar = write_tar(tmp_path / "t.tar", [("t.json", llava(0))])
+    adopt([tar], tmp_path / "out")
+    os.utime(tar, (4e9, 4e9))
+    assert adopt([tar, tar], tmp_path / "out").already == 1
+
+
+def test_a_tar_whose_path_is_no_unicode_is_refused_by_name(tmp_path):
+    tar = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.tar"))
+    try:
+        write_tar(tar, [("t.json", llava(0))])
+    except OSError:
+        pytest.skip("this file system takes only Unicode")
+    with pytest.raises(OlaError, match=r"its path is not UTF-8"):
         adopt([tar], tmp_path / "out")
 
 

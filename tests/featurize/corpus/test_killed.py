@@ -1,9 +1,15 @@
 """A pack or an adoption that is killed anywhere never looks finished, and a rerun gives what an unbroken run gives."""
 
+import errno
+import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from featurize.corpus import adopt, pack_llava_json
@@ -12,7 +18,7 @@ from olavlm.errors import OlaError
 
 REPOSITORY = Path(__file__).parents[3]
 
-# One process that forks: each child packs into a folder of its own and kills itself before its n-th rename.
+# One process that forks: each child packs into a folder of its own and kills itself before its n-th rename or fsync.
 KILLER = """
 import os, signal, sys
 from pathlib import Path
@@ -25,9 +31,9 @@ pyarrow.Table.from_pylist([{"a": 1}])
 
 def run(out):
     if kind == "pack":
-        pack_llava_json(Path(json_file), [Path(images)], out, 3, threads=1)
+        pack_llava_json(Path(json_file), [Path(images)], out, 3, workers=1)
     else:
-        adopt([Path(tar) for tar in tars], out, threads=1)
+        adopt([Path(tar) for tar in tars], out, workers=1)
 
 def counting(real, deadly):
     def call(*args, **options):
@@ -43,7 +49,7 @@ while True:
     deadly += 1
     child = os.fork()
     if not child:
-        os.replace = counting(os.replace, deadly)
+        os.replace, os.fsync = counting(os.replace, deadly), counting(os.fsync, deadly)
         run(Path(folder, f"killed{deadly}"))
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
@@ -91,11 +97,59 @@ def test_a_killed_pack_resumes_to_the_same_bytes(rich_source, tmp_path, contents
             looks_unfinished(out)
         calls = []
         report = pack_llava_json(rich_source.json, [rich_source.images], out, 3, lambda *call, c=calls: c.append(call))
-        resumed += len(calls) < 5
+        resumed += len(calls) < 6
         assert contents(out) == expected
         assert len(report.left_out) == 1
         assert len(report.renamed) == 1
     assert resumed >= 3, "no rerun took up the tar that was packed"
+
+
+def test_a_line_cut_while_it_was_written_counts_for_nothing(rich_source, tmp_path, contents, killed_runs):
+    pack_llava_json(rich_source.write(), [rich_source.images], tmp_path / "unbroken", 3)
+    cut = 0
+    for out in killed_runs("pack"):
+        pending = out / "pending.jsonl"
+        last = json.loads(pending.read_text().splitlines()[-1]) if pending.exists() else {}
+        if "tar" in last and not (out / last["tar"]["path"]).exists():  # a tar gets its name when its line is written
+            pending.write_bytes(pending.read_bytes()[:-5])
+            cut += 1
+        pack_llava_json(rich_source.json, [rich_source.images], out, 3)
+        assert contents(out) == contents(tmp_path / "unbroken")
+    assert cut >= 6
+
+
+# Packs into a corpus and stops at the first sample, until a line comes from outside.
+HELD = """
+import sys
+from pathlib import Path
+from featurize.corpus import pack_llava_json
+
+def hold(*_):
+    print("held", flush=True)
+    sys.stdin.readline()
+
+if __name__ == "__main__":
+    pack_llava_json(Path(sys.argv[1]), [Path(sys.argv[2])], Path(sys.argv[3]), 2, hold, workers=2)
+"""
+
+
+def test_of_two_growers_the_second_is_refused_and_a_killed_one_leaves_no_worker(rich_source, tmp_path, contents):
+    (tmp_path / "held.py").write_text(HELD)
+    arguments = [rich_source.write(), rich_source.images, tmp_path / "out"]
+    command = [sys.executable, tmp_path / "held.py", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(OlaError, match="another process is packing"):
+            pack_llava_json(rich_source.json, [rich_source.images], tmp_path / "out", 2)
+        descendants = psutil.Process(first.pid).children(recursive=True)
+        assert len(descendants) >= 2
+        first.kill()
+    _, alive = psutil.wait_procs(descendants, timeout=60)
+    assert not alive
+    for out in ("out", "unbroken"):
+        pack_llava_json(rich_source.json, [rich_source.images], tmp_path / out, 2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def test_another_job_drops_what_a_killed_one_left(rich_source, tmp_path, contents, killed_runs):
@@ -127,19 +181,43 @@ def test_a_killed_adoption_resumes_to_the_same_bytes(rich_source, tmp_path, cont
             assert report.left_out == expected_report.left_out
 
 
-def test_a_full_disk_leaves_the_corpus_as_it_was(source, tmp_path, contents, monkeypatch):
+@pytest.mark.parametrize("job", ["pack", "adopt"])
+def test_a_disk_that_fills_up_anywhere_leaves_the_corpus_as_it_was(source, tmp_path, contents, job):
+    """A limit on the size of files stands for the disk: the first write beyond it fails."""
+
+    def grow(out, tars):
+        if job == "pack":
+            pack_llava_json(source.json, [source.images], out, 5)
+        else:
+            adopt(tars, out)
+
     source.add_many(range(2))
-    out = tmp_path / "out"
-    pack_llava_json(source.write(), [source.images], out)
-    before = contents(out)
-    source.add_many(range(2, 4))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tarfile.TarFile.addfile", full)
-    with pytest.raises(OSError, match="No space left"):
-        pack_llava_json(source.write(), [source.images], out)
-    assert contents(out) == before
-    monkeypatch.undo()
-    assert pack_llava_json(source.json, [source.images], out).samples == 2
+    pack_llava_json(source.write(), [source.images], tmp_path / "old")
+    source.add_many(range(2, 20))
+    source.add("gone", "gone.jpg")
+    pack_llava_json(source.write(), [source.images], tmp_path / "new", 5)
+    tars = sorted((tmp_path / "new" / "tars").iterdir())
+    grow(shutil.copytree(tmp_path / "old", tmp_path / "unbroken"), tars)
+    before, expected = contents(tmp_path / "old"), contents(tmp_path / "unbroken")
+    failed = 0
+    for limit in (1, 200, 600, 1500, 2500, 4000, 6000, 10_000):
+        out = shutil.copytree(tmp_path / "old", tmp_path / str(limit))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            grow(out, tars)
+        except OSError as error:
+            full = error.errno == errno.EFBIG
+        else:
+            full = False
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        if full:
+            failed += 1
+            kept = contents(out)
+            assert {name: kept[name] for name in before if "jsonl" not in name} == {
+                name: data for name, data in before.items() if "jsonl" not in name
+            }
+        grow(out, tars)
+        assert contents(out) == expected
+    assert failed >= 4

@@ -174,12 +174,25 @@ def test_a_leading_answer_is_dropped():
     assert conversation("json", json.dumps({"conversations": given}).encode()) == talk("Hi", "Hello")
 
 
+@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is it?\n<image>", "<image> What is it?"])
+def test_the_image_of_a_turn_goes_to_its_front(question):
+    given = talk("Hi", "Hello", question, "A dot.")
+    turns = conversation("json", json.dumps({"conversations": given}).encode())
+    assert turns == talk("Hi", "Hello", "<image>\nWhat is it?", "A dot.")
+
+
+def test_several_images_of_a_turn_stay_in_their_places():
+    given = talk("Is <image> in <image>?", "No.")
+    assert conversation("json", json.dumps({"conversations": given}).encode()) == given
+
+
 @pytest.mark.parametrize(
     ("member", "data", "reason"),
     [
         ("txt", b"  \n", "empty caption"),
         ("txt", b"\xff\xfe", "not UTF-8"),
         ("json", b"{", "not JSON"),
+        ("json", b"[" * 100_000, "not JSON"),
         ("json", b"[]", "no list of conversations"),
         ("json", b'{"conversations": "hi"}', "no list of conversations"),
         ("json", b'{"conversations": []}', "no answer"),

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from olavlm.data.images import MEAN_COLOUR, apply_view, decode_image
+from olavlm.data import images
+from olavlm.data.images import MAX_PIXELS, MEAN_COLOUR, apply_view, decode_image
 
 RNG = np.random.default_rng(0)
 
@@ -86,10 +89,41 @@ def test_an_animation_gives_its_first_frame():
     assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_too_many_pixels_are_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(ValueError, match="more than 50 pixels"):
-        decode_image(encode(noise(20, 20), "PNG"))
+def test_cmyk_keeps_its_colour():
+    red, green, blue = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_sixteen_bit_colour_keeps_its_upper_byte():
+    decoded = decode_image(png_header(2, 1, depth=16, pixels=bytes([0, 1, 200, 5, 9, 255]) * 2))
+    assert decoded.getpixel((1, 0)) == (0, 200, 9)
+
+
+def png_header(width: int, height: int, depth: int = 8, pixels: bytes = b"") -> bytes:
+    """An RGB PNG that says it has this size, whatever it holds."""
+    chunks = [
+        (b"IHDR", struct.pack(">2I5B", width, height, depth, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" + pixels)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as it is outside of tests
+@pytest.mark.parametrize("side", [9_460, 20_000, 2**31 - 1])  # Pillow itself would decode the first
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
+    with pytest.raises(ValueError, match=f"more than {MAX_PIXELS} pixels"):
+        decode_image(png_header(side, side))
+
+
+def test_the_largest_image_is_not_taken_for_a_bomb(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 12)
+    assert decode_image(encode(noise(4, 3), "PNG")).size == (4, 3)
+    with pytest.raises(ValueError, match="more than 12 pixels"):
+        decode_image(encode(noise(13, 1), "PNG"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"no image at all" * 40, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
