@@ -75,13 +75,19 @@ class Worker:
         configs: the teachers, by task.
         settings: device, threads and block size.
         identities: what the job found these teachers to be; on another machine they could be other weights.
+        lanes: how many tars are read, and batches computed, at the same time. `run` may be called by more threads: a
+            tar is begun when all images of one before are decoded, while that one is being finished and committed.
 
     Raises:
         OlaError: a teacher's weights are missing, do not fit or are others; or a GPU is asked for and there is none.
     """
 
     def __init__(
-        self, configs: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]
+        self,
+        configs: dict[str, TeacherConfig],
+        settings: FeaturizeConfig,
+        identities: dict[str, Identity],
+        lanes: int = 1,
     ) -> None:
         gpu = settings.gpus_per_worker > 0
         if gpu and not torch.cuda.is_available():
@@ -92,6 +98,7 @@ class Worker:
         }
         self.identities = identities
         self._stop = threading.Event()
+        self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
             if here != identities[task]:
@@ -112,6 +119,12 @@ class Worker:
             OSError: the disk is full, for example; nothing half-written stays visible.
         """
         report = Report(unit)
+        with ExitStack() as reading:
+            reading.enter_context(self._reading)
+            self._run(unit, report, reading.close)
+        return report
+
+    def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
         corpus = Corpus.open(unit.corpus)
         store = TargetStore.open(unit.targets, corpus.id)
         tar = corpus.tar(unit.tar)
@@ -128,12 +141,14 @@ class Worker:
                     writers[task] = leases.enter_context(writer)
             if writers:
                 try:
-                    self._featurize(corpus, tar, writers, report)
+                    self._featurize(corpus, tar, writers, report, read)
                 except LeaseLost:
                     report.busy += writers
-        return report
 
-    def _featurize(self, corpus: Corpus, tar: Tar, writers: dict[str, TarWriter], report: Report) -> None:
+    def _featurize(
+        self, corpus: Corpus, tar: Tar, writers: dict[str, TarWriter], report: Report, read: Callable[[], None]
+    ) -> None:
+        """Commit the tar's targets; calls `read` when all its images are decoded."""
         start = time.perf_counter()
         used = {task: self.teachers[task] for task in writers}
         waiting: dict[str, list[_Sample]] = {task: [] for task in writers}
@@ -157,6 +172,7 @@ class Worker:
                     if sum(task in s.pixels for s in waiting[task]) == teacher.config.batch_size:
                         self._forward(task, waiting[task], writers[task], written, failed, report)
                         waiting[task] = []
+            read()
             for task, rest in waiting.items():
                 self._forward(task, rest, writers[task], written, failed, report)
             written.finish()
@@ -181,11 +197,12 @@ class Worker:
         if pixels:
             padding = [torch.zeros_like(pixels[0])] * (teacher.config.batch_size - len(pixels))
             batch = torch.stack(pixels + padding)
-            start = time.perf_counter()
-            features = teacher.encode(batch)[: len(pixels)]
-            if features.is_cuda:
-                torch.cuda.synchronize()
-            report.forward_seconds += time.perf_counter() - start
+            with self._computing:
+                start = time.perf_counter()
+                features = teacher.encode(batch)[: len(pixels)]
+                if features.is_cuda:
+                    torch.cuda.synchronize()
+                report.forward_seconds += time.perf_counter() - start
         rows = [(sample.row, sample.reason) for sample in samples]
         written.submit(_write, writer, rows, features, teacher.config.codec, failed)
 
