@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -272,7 +273,7 @@ class RayPool:
                 said = True
 
     def _open(self) -> None:
-        actor = self._actor.remote(*self._arguments)
+        actor = self._actor.remote(socket.gethostname(), *self._arguments)
         self._opening[actor.open.remote()] = actor
 
     def _opened(self, call: Any) -> None:
@@ -312,26 +313,44 @@ class RayPool:
 class _Actor:
     """A worker inside a Ray actor, made by `open`, so that its errors arrive like any other."""
 
-    def __init__(self, teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]):
+    def __init__(
+        self,
+        job_host: str,
+        teachers: dict[str, TeacherConfig],
+        settings: FeaturizeConfig,
+        identities: dict[str, Identity],
+    ):
+        self._job_host = job_host
         self._arguments = teachers, settings, identities
         self._worker: Worker
 
     def open(self) -> None:
         """Load the teachers."""
-        self._worker = make_worker(*self._arguments)
+        with self._where():
+            self._worker = make_worker(*self._arguments)
 
     def run(self, unit: Unit, stamp: tuple[int, int] | None) -> Report:
         """Run the unit, if its store is the one that the job sees."""
-        if _stamp(unit.targets) != stamp:
-            raise OlaError(
-                f"{unit.targets}: on {socket.gethostname()}, where a worker runs, this is not the store that the job "
-                "sees under that name; a store must lie on a file system that all nodes share"
-            )
-        return self._worker.run(unit)
+        with self._where():
+            if _stamp(unit.targets) != stamp:
+                raise OlaError(
+                    f"{unit.targets}: not the store that the job on {self._job_host} sees under that name; "
+                    "a store must lie on a file system that all nodes share"
+                )
+            return self._worker.run(unit)
 
     def stop(self) -> None:
         """Leave the tars at hand; nothing of them is committed."""
         self._worker.stop()
+
+    @contextmanager
+    def _where(self) -> Iterator[None]:
+        """Say on which machine the paths of an error message are, if it is not the job's."""
+        try:
+            yield
+        except OlaError as error:
+            host = socket.gethostname()
+            raise error if host == self._job_host else OlaError(f"on {host}: {error}") from None
 
 
 def _stamp(targets: Path) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ from olavlm.data.commit import TarWriter, first_blocks
 from olavlm.data.corpus import Corpus, Tar, content_hash
 from olavlm.data.images import decode_image
 from olavlm.data.lease import LeaseLost
-from olavlm.data.targets import Identity, TargetSet, TargetStore
+from olavlm.data.targets import Identity, TargetStore
 from olavlm.errors import OlaError
 
 T = TypeVar("T")
@@ -98,6 +98,8 @@ class Worker:
         }
         self.identities = identities
         self._stop = threading.Event()
+        self._corpora: dict[Path, Corpus] = {}
+        self._first_blocks: dict[tuple[Path, int], dict[str, int]] = {}  # of each tar, by corpus and block
         self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
@@ -125,7 +127,7 @@ class Worker:
         return report
 
     def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
-        corpus = Corpus.open(unit.corpus)
+        corpus = self._corpus(unit.corpus)
         store = TargetStore.open(unit.targets, corpus.id)
         tar = corpus.tar(unit.tar)
         with ExitStack() as leases:
@@ -134,7 +136,7 @@ class Worker:
                 target = store.add(identity, self.settings.block)
                 if target.commit(tar) is not None:
                     continue
-                writer = TarWriter.open(target, tar, _first_block(corpus, tar, target))
+                writer = TarWriter.open(target, tar, self._first_block(corpus, tar, target.block))
                 if writer is None:
                     report.busy.append(task)
                 else:
@@ -144,6 +146,18 @@ class Worker:
                     self._featurize(corpus, tar, writers, report, read)
                 except LeaseLost:
                     report.busy += writers
+
+    def _corpus(self, path: Path) -> Corpus:
+        """Opened once for all its tars: the list of a million takes longer to read than a tar to featurize."""
+        if path not in self._corpora:
+            self._corpora[path] = Corpus.open(path)
+        return self._corpora[path]
+
+    def _first_block(self, corpus: Corpus, tar: Tar, block: int) -> int:
+        if (corpus.path, block) not in self._first_blocks:
+            starts = first_blocks([t.images for t in corpus.tars], block)
+            self._first_blocks[corpus.path, block] = dict(zip((t.name for t in corpus.tars), starts, strict=True))
+        return self._first_blocks[corpus.path, block][tar.name]
 
     def _featurize(
         self, corpus: Corpus, tar: Tar, writers: dict[str, TarWriter], report: Report, read: Callable[[], None]
@@ -246,11 +260,6 @@ def _write(
             continue
         rms, absmax = float(target.square().mean().sqrt()), float(target.abs().max())
         writer.add(key, index, image_hash, values[0], None if scales is None else scales[0], rms, absmax)
-
-
-def _first_block(corpus: Corpus, tar: Tar, target: TargetSet) -> int:
-    starts = first_blocks([t.images for t in corpus.tars], target.block)
-    return starts[corpus.tars.index(tar)]
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:

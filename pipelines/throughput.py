@@ -36,7 +36,7 @@ from transformers import (
 
 from featurize import teachers
 from featurize.corpus.adopt import adopt
-from featurize.job import RayPool
+from featurize.job import executor
 from featurize.stage import Job, open_jobs, status
 from featurize.worker import Worker
 from olavlm.config import PipelineConfig, TeacherConfig, load_pipeline
@@ -108,7 +108,8 @@ def _against_published(config: PipelineConfig) -> dict[str, Any]:
                 features[task, key] = teacher.encode(pixels)[0]
 
     seconds = _best({"ours": partial(_run, worker, config, identities), "other": published}, cores=1)
-    return {**seconds, "images": 256, "cores": 1, "gap": _gap(config, features)}
+    images = sum(tar.images for tar in Corpus.open(config.data["all"].corpus).tars)
+    return {**seconds, "images": images, "cores": 1, "gap": _gap(config, features)}
 
 
 def _against_ray_data(config: PipelineConfig) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _against_ray_data(config: PipelineConfig) -> dict[str, Any]:
 
     def ours(count: int) -> None:
         job = _empty(config, identities)
-        with RayPool(config.teachers, config.featurize, identities, print) as pool:
+        with executor(config.teachers, config.featurize, identities, print) as pool:
             for _ in pool.run(job.missing()[:count]):
                 pass
 
