@@ -63,7 +63,7 @@ sweep: setup  ## many settings on one store, one table: ARGS="--over KEY VALUE V
 teachers: setup  ## train the demo world's teachers and student base from nothing, print their gates
 	$(RUN) -m pipelines teachers $(ARGS)
 
-bench: setup  ## measured ratios: stored targets against teachers online
+bench: setup  ## measured ratios: stored targets against teachers online, our featurization against other ways
 	$(RUN) -m pipelines bench $(ARGS)
 
 test: setup  ## the tests

@@ -1,13 +1,18 @@
 """Running many units: in this process, or on a Ray cluster. Both hand units to the same `Worker`."""
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,14 +20,25 @@ import torch
 
 from featurize.worker import Report, Unit, Worker
 from olavlm.config import FeaturizeConfig, TeacherConfig
+from olavlm.data.objects import AnyPath
 from olavlm.data.targets import Identity
 from olavlm.errors import OlaError
 
 ATTEMPTS = 3  # per tar, when a worker dies or stumbles over something that may pass
+IN_HAND = 2  # tars a worker has: the next one is read while the last batches of the one before are written
+NOTICE = 20.0  # seconds without any worker after which the job says what it waits for
+PATIENCE = 1800.0  # and after which it gives up
+GRACE = 10.0  # seconds that workers have to leave their tars after Ctrl-C or an error
+
+Say = Callable[[str], None]
 
 
 class Executor(Protocol):
     """Runs units and yields their reports as they come, in any order."""
+
+    @property
+    def workers(self) -> int:
+        """How many workers are there now."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -33,34 +49,43 @@ class Executor(Protocol):
 
 
 def executor(
-    teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]
+    teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity], say: Say
 ) -> Executor:
-    """The executor the pipeline asks for; a context manager."""
-    kind = InProcess if settings.executor == "inprocess" else RayPool
-    return kind(teachers, settings, identities)
+    """The executor the pipeline asks for; a context manager. `say` gets what a person who waits should know."""
+    if settings.executor == "inprocess":
+        return InProcess(teachers, settings, identities)
+    return RayPool({task: _absolute(teacher) for task, teacher in teachers.items()}, settings, identities, say)
 
 
-def make_worker(*arguments: Any) -> Worker:
+def _absolute(teacher: TeacherConfig) -> TeacherConfig:
+    """The same teacher wherever the worker's process happens to have been started."""
+    if not Path(teacher.weights).is_dir():
+        return teacher
+    return teacher.model_copy(update={"weights": str(Path(teacher.weights).absolute())})
+
+
+def make_worker(
+    teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity], lanes: int = 1
+) -> Worker:
     """A worker; on a CPU its forward passes use one thread, so that `workers` is what fills the cores.
 
     How many threads a matrix product uses changes its last bits, and a store must not show how many cores were free.
     """
-    settings: FeaturizeConfig = arguments[1]
     if settings.gpus_per_worker == 0:
         torch.set_num_threads(1)
-    return Worker(*arguments)
+    return Worker(teachers, settings, identities, lanes)
 
 
 class InProcess:
     """Workers as threads of this process, sharing the teachers: to debug, on small machines, and without ray."""
 
-    def __init__(self, *arguments: Any):
-        self._arguments = arguments
-        self._settings: FeaturizeConfig = arguments[1]
+    def __init__(self, teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]):
+        self._arguments = teachers, settings, identities
+        self.workers = settings.workers
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
-        self._worker = make_worker(*self._arguments)
+        self._worker = make_worker(*self._arguments, lanes=self.workers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,7 +93,7 @@ class InProcess:
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
         """Every unit's report; the first error, or Ctrl-C, stops the others."""
-        with ThreadPoolExecutor(self._settings.workers, "worker") as pool:
+        with ThreadPoolExecutor(IN_HAND * self.workers, "worker") as pool:
             futures = [pool.submit(self._worker.run, unit) for unit in units]
             try:
                 for future in as_completed(futures):
@@ -83,13 +108,31 @@ class InProcess:
 class RayPool:
     """A pool of Ray actors that pull tars; joins the cluster RAY_ADDRESS names, or starts a quiet one on this machine.
 
+    It works with the workers the cluster has room for; the others join when there is more. A worker that is lost, alone
+    or with its node, is replaced, and its tars are tried again.
+
     Ray Core rather than Ray Data: a unit runs for minutes and returns a few numbers, so there is nothing to stream, and
     a pool has half the overhead (measured: 20 tasks of 0.2 s on 2 cores take 4.9 s, through Ray Data 9.3 s).
     """
 
-    def __init__(self, *arguments: Any):
-        self._arguments = arguments
-        self._settings: FeaturizeConfig = arguments[1]
+    def __init__(
+        self,
+        teachers: dict[str, TeacherConfig],
+        settings: FeaturizeConfig,
+        identities: dict[str, Identity],
+        say: Say,
+    ):
+        self._arguments = teachers, settings, identities
+        self._settings, self._say = settings, say
+        self._opening: dict[Any, Any] = {}  # actors by the call that will say they are ready
+        self._hands: dict[Any, list[Unit]] = {}  # what every ready actor was given
+        self._running: dict[Any, tuple[Any, Unit]] = {}
+        self._refused = 0  # actors in a row that did not come to be
+
+    @property
+    def workers(self) -> int:
+        """See `Executor`."""
+        return len(self._hands)
 
     def __enter__(self) -> Self:
         try:
@@ -100,99 +143,262 @@ class RayPool:
                 "`pip install .[featurize]`, or featurize.executor=inprocess"
             ) from None
         self._ray: Any = ray
-        self._folder: str | None = None
-        if not ray.is_initialized():
+        self._started = not ray.is_initialized()
+        self._own: _OwnFolder | None = None
+        if self._started:
             self._start()
-        self._actor: Any = ray.remote(num_cpus=1, num_gpus=self._settings.gpus_per_worker)(_Actor)
-        self._actors = [self._actor.remote(*self._arguments) for _ in range(self._settings.workers)]
+        # One call more than tars in hand, so that `stop` is heard.
+        gpus, calls = self._settings.gpus_per_worker, IN_HAND + 1
+        self._actor = self._ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=calls)(_Actor)
+        for _ in range(self._settings.workers):
+            self._open()
         return self
 
     def _start(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS"):
-            self._ray.init(**quiet)
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            try:
+                self._ray.init(**quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there; another Ray or Python
+                raise OlaError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from None
             return
-        self._folder = tempfile.mkdtemp(prefix="olavlm-ray-")
+        self._own = _OwnFolder()
         self._ray.init(
             num_cpus=max(os.cpu_count() or 1, self._settings.workers),
             include_dashboard=False,
-            _temp_dir=self._folder,
+            _temp_dir=str(self._own.path),
             **quiet,
         )
         wanted = self._settings.workers * self._settings.gpus_per_worker
         found = self._ray.cluster_resources().get("GPU", 0)
-        if wanted > found:  # the actors would wait forever
+        if wanted > found:
             self._stop()
             raise OlaError(f"featurize: workers × gpus_per_worker is {wanted:g} GPUs, Ray finds {found:g} here")
 
     def _stop(self) -> None:
-        if self._folder:
+        if self._started:
             self._ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._own:
+            self._own.remove()
 
-    def __exit__(self, *_: object) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._running:  # an error, or Ctrl-C: let go of the tars, so that no lease has to grow old
+                for actor in self._hands:
+                    actor.stop.remote()
+                self._ray.wait(list(self._running), num_returns=len(self._running), timeout=GRACE)
+        finally:
+            for actor in (*self._hands, *self._opening.values()):
+                self._ray.kill(actor)
+            self._stop()
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
-        """Every unit on the next free actor. A dead actor is replaced and its tar tried again, `ATTEMPTS` times in all.
+        """Every unit on the next free actor. A dead one is replaced and its tars are tried again, `ATTEMPTS` times.
 
         Raises:
-            OlaError: bad input, at once; or tars that failed every attempt, by name, when all others are done.
+            OlaError: bad input, or no room for any worker for `PATIENCE` seconds, at once; or tars that failed every
+                attempt, by name, when all others are done.
             OSError: no space left, at once.
         """
         queue = deque(units)
-        attempts: dict[Unit, int] = {}
+        failures: Counter[Unit] = Counter()
         given_up: list[str] = []
-        idle = list(self._actors)
-        running: dict[Any, tuple[Any, Unit]] = {}
-        while queue or running:
-            while idle and queue:
-                actor, unit = idle.pop(), queue.popleft()
-                running[actor.run.remote(unit)] = actor, unit
-            (done, *_), _rest = self._ray.wait(list(running))
-            actor, unit = running.pop(done)
+        while queue or self._running:
+            self._hand_out(queue, failures)
+            done = self._wait()
+            if done in self._opening:
+                self._opened(done)
+                continue
+            actor, unit = self._running.pop(done)
+            if actor in self._hands:
+                self._hands[actor].remove(unit)
             try:
-                yield self._ray.get(done)
-                idle.append(actor)
+                report: Report = self._ray.get(done)
             except self._ray.exceptions.RayError as error:
-                idle.append(self._recover(actor, error))
-                attempts[unit] = attempts.get(unit, 0) + 1
-                if attempts[unit] < ATTEMPTS:
+                self._recover(actor, error)
+                failures[unit] += 1
+                if failures[unit] < ATTEMPTS:
                     queue.append(unit)
                 else:
                     given_up.append(f"{unit.data}/{unit.tar}: {_last_line(error)}")
+            else:
+                yield report
         if given_up:
             raise OlaError(f"{len(given_up)} tars failed {ATTEMPTS} times each: " + " | ".join(given_up))
 
-    def _recover(self, actor: Any, error: Exception) -> Any:
-        """The actor to go on with after an error, unless going on is pointless."""
+    def _hand_out(self, queue: deque[Unit], failures: Counter[Unit]) -> None:
+        """One tar to everybody, then one ahead, unless there are no more than the others may soon take.
+
+        A tar that was there when a worker failed goes to a worker alone: what it may do again must not be blamed on
+        another one.
+        """
+        for ahead in range(IN_HAND):
+            for actor, hand in self._hands.items():
+                if not queue or (ahead and len(queue) <= self._settings.workers):
+                    return
+                alone = any(unit in failures for unit in (*hand, queue[0]))
+                if len(hand) == ahead and not (ahead and alone):
+                    unit = queue.popleft()
+                    hand.append(unit)
+                    self._running[actor.run.remote(unit, _stamp(unit.targets))] = actor, unit
+
+    def _wait(self) -> Any:
+        """The next call to be done; while there is no worker at all, say what is waited for, and at last give up."""
+        start, said = time.monotonic(), False
+        while True:
+            done, _ = self._ray.wait([*self._running, *self._opening], timeout=NOTICE)
+            if done:
+                return done[0]
+            if self._running:
+                start = time.monotonic()
+                continue
+            need = f"1 CPU and {self._settings.gpus_per_worker:g} GPUs on one node"
+            nodes = Counter(
+                f"{node['Resources'].get('CPU', 0):g} CPU and {node['Resources'].get('GPU', 0):g} GPU"
+                for node in self._ray.nodes()
+                if node["Alive"]
+            )
+            found = ", ".join(f"{count} nodes of {resources}" for resources, count in nodes.items())
+            if time.monotonic() - start > PATIENCE:
+                raise OlaError(
+                    f"featurize: no worker could start in {PATIENCE:g} s: each needs {need}, Ray has {found}; "
+                    "free or add some, or change featurize.gpus_per_worker"
+                )
+            if not said:
+                self._say(f"waiting for a worker to start: each needs {need}, Ray has {found} (some may be in use)")
+                said = True
+
+    def _open(self) -> None:
+        actor = self._actor.remote(socket.gethostname(), *self._arguments)
+        self._opening[actor.open.remote()] = actor
+
+    def _opened(self, call: Any) -> None:
+        """Take an actor in, or try another one in its place."""
+        actor = self._opening.pop(call)
+        try:
+            self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor)
+            self._raise_if_final(error)
+            self._refused += 1
+            if self._refused == ATTEMPTS * self._settings.workers:
+                raise OlaError(
+                    f"featurize: {self._refused} workers in a row did not start: {_last_line(error)}"
+                ) from None
+            self._open()
+        else:
+            self._hands[actor] = []
+            self._refused = 0
+
+    def _recover(self, actor: Any, error: Exception) -> None:
+        """Replace an actor that is gone, unless going on is pointless."""
+        self._raise_if_final(error)
+        if isinstance(error, self._ray.exceptions.RayActorError) and self._hands.pop(actor, None) is not None:
+            self._ray.kill(actor)  # it may only be out of reach, and would keep its place
+            self._open()
+
+    def _raise_if_final(self, error: Exception) -> None:
+        """Bad input and full disks do not pass."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, OlaError):
             raise OlaError(str(cause)) from None
         if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise cause
-        if isinstance(error, self._ray.exceptions.RayActorError):
-            self._actors.remove(actor)
-            actor = self._actor.remote(*self._arguments)
-            self._actors.append(actor)
-        return actor
 
 
 class _Actor:
-    """A worker inside a Ray actor. Made on first use, so that its errors arrive like any other."""
+    """A worker inside a Ray actor, made by `open`, so that its errors arrive like any other."""
 
-    def __init__(self, *arguments: Any):
-        self._arguments = arguments
-        self._worker: Worker | None = None
+    def __init__(
+        self,
+        job_host: str,
+        teachers: dict[str, TeacherConfig],
+        settings: FeaturizeConfig,
+        identities: dict[str, Identity],
+    ):
+        self._job_host = job_host
+        self._arguments = teachers, settings, identities
+        self._worker: Worker
 
-    def run(self, unit: Unit) -> Report:
-        if self._worker is None:
+    def open(self) -> None:
+        """Load the teachers."""
+        with self._where():
             self._worker = make_worker(*self._arguments)
-        return self._worker.run(unit)
+
+    def run(self, unit: Unit, stamp: tuple[int, int] | None) -> Report:
+        """Run the unit, if its store is the one that the job sees."""
+        with self._where():
+            if _stamp(unit.targets) != stamp:
+                raise OlaError(
+                    f"{unit.targets}: not the store that the job on {self._job_host} sees under that name; "
+                    "a store must lie on a file system that all nodes share"
+                )
+            return self._worker.run(unit)
+
+    def stop(self) -> None:
+        """Leave the tars at hand; nothing of them is committed."""
+        self._worker.stop()
+
+    @contextmanager
+    def _where(self) -> Iterator[None]:
+        """Say on which machine the paths of an error message are, if it is not the job's."""
+        try:
+            yield
+        except OlaError as error:
+            host = socket.gethostname()
+            raise error if host == self._job_host else OlaError(f"on {host}: {error}") from None
+
+
+def _stamp(targets: AnyPath) -> tuple[int, int] | None:
+    """What tells a store from another one, or a copy, under the same name on another machine; None for a URL."""
+    if not isinstance(targets, Path):
+        return None
+    try:
+        found = (targets / "store.json").stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_ino, found.st_mtime_ns
+
+
+class _OwnFolder:
+    """Where a Ray of our own keeps its session; a lock on it, which dies with us, tells the next job what was left."""
+
+    _PREFIX = "olavlm-ray-"
+
+    def __init__(self) -> None:
+        for folder in Path(tempfile.gettempdir()).glob(f"{self._PREFIX}*"):
+            try:
+                if any(folder.iterdir()):  # an empty one may be about to be locked
+                    os.close(_lock(folder))
+                    shutil.rmtree(folder, ignore_errors=True)
+            except OSError:  # its owner lives, it is another user's, or somebody else just removed it
+                continue
+        self.path = Path(tempfile.mkdtemp(prefix=self._PREFIX))
+        self._lock = _lock(self.path)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the folder's lock.
+
+    Raises:
+        OSError: somebody else holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _last_line(error: Exception) -> str:

@@ -139,7 +139,7 @@ def _execute(
     bar = progress.add_task("", total=sum(images[unit.data, unit.tar] for unit in units), note="")
     start = time.monotonic()
     done, failed, busy_seconds = 0, 0, 0.0
-    with executor(config.teachers, config.featurize, identities) as pool, progress:
+    with executor(config.teachers, config.featurize, identities, console.print) as pool, progress:
         while units:
             deferred = []
             for report in pool.run(units):
@@ -154,8 +154,9 @@ def _execute(
                 done, failed = done + report.images, failed + len(report.failed)
                 busy_seconds += report.forward_seconds
                 elapsed = time.monotonic() - start
-                share = busy_seconds / elapsed / config.featurize.workers
-                note = f"{done / elapsed:.1f} images/s, teachers busy {share:.0%}, {failed} failed"
+                share = busy_seconds / elapsed / max(pool.workers, 1)
+                workers = f"{pool.workers} of {config.featurize.workers} workers"
+                note = f"{done / elapsed:.1f} images/s, {workers}, teachers busy {share:.0%}, {failed} failed"
                 progress.update(bar, note=note)
                 yield report
             units = deferred

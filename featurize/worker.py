@@ -80,13 +80,19 @@ class Worker:
         configs: the teachers, by task.
         settings: device, threads and block size.
         identities: what the job found these teachers to be; on another machine they could be other weights.
+        lanes: how many tars are read, and batches computed, at the same time. `run` may be called by more threads: a
+            tar is begun when all images of one before are decoded, while that one is being finished and committed.
 
     Raises:
         OlaError: a teacher's weights are missing, do not fit or are others; or a GPU is asked for and there is none.
     """
 
     def __init__(
-        self, configs: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity]
+        self,
+        configs: dict[str, TeacherConfig],
+        settings: FeaturizeConfig,
+        identities: dict[str, Identity],
+        lanes: int = 1,
     ) -> None:
         gpu = settings.gpus_per_worker > 0
         if gpu and not torch.cuda.is_available():
@@ -98,6 +104,7 @@ class Worker:
         self.identities = identities
         self._stop = threading.Event()
         self._corpora: dict[AnyPath, tuple[Corpus, dict[str, int]]] = {}
+        self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
             if here != identities[task]:
@@ -120,6 +127,12 @@ class Worker:
             OSError: the disk is full, for example; nothing half-written stays visible.
         """
         report = Report(unit)
+        with ExitStack() as reading:
+            reading.enter_context(self._reading)
+            self._run(unit, report, reading.close)
+        return report
+
+    def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
         corpus, first_block = self._open_corpus(unit)
         store = TargetStore.open(unit.targets, corpus.id)
         sets = {
@@ -127,13 +140,15 @@ class Worker:
             for task, identity in self.identities.items()
         }
         try:
-            self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report)
+            self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report, read)
         except OlaError as error:
             report.error = str(error)
-        return report
 
     def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
-        """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown."""
+        """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown.
+
+        The list of a million tars takes longer to read than a tar to featurize.
+        """
         known = self._corpora.get(unit.corpus)
         if known is None or unit.tar not in known[1]:
             corpus = Corpus.open(unit.corpus)
@@ -143,7 +158,15 @@ class Worker:
         corpus, starts_of = known
         return corpus, starts_of[corpus.tar(unit.tar).name]
 
-    def _commit(self, corpus: Corpus, tar: Tar, first_block: int, sets: dict[str, TargetSet], report: Report) -> None:
+    def _commit(
+        self,
+        corpus: Corpus,
+        tar: Tar,
+        first_block: int,
+        sets: dict[str, TargetSet],
+        report: Report,
+        read: Callable[[], None],
+    ) -> None:
         with ExitStack() as leases:
             writers: dict[str, Writer] = {}
             writer: Writer | None
@@ -162,11 +185,14 @@ class Worker:
                     writers[task] = writer
             if writers:
                 try:
-                    self._featurize(corpus, tar, writers, report)
+                    self._featurize(corpus, tar, writers, report, read)
                 except LeaseLost:
                     report.busy += writers
 
-    def _featurize(self, corpus: Corpus, tar: Tar, writers: dict[str, Writer], report: Report) -> None:
+    def _featurize(
+        self, corpus: Corpus, tar: Tar, writers: dict[str, Writer], report: Report, read: Callable[[], None]
+    ) -> None:
+        """Commit the tar's targets; calls `read` when all its images are decoded."""
         start = time.perf_counter()
         index = corpus.index(tar).to_pylist()
         positions: dict[str, Container[int]] = {
@@ -196,6 +222,7 @@ class Worker:
                     if sum(task in s.pixels for s in waiting[task]) == self.teachers[task].config.batch_size:
                         self._forward(task, waiting[task], writers[task], written, failed, report)
                         waiting[task] = []
+            read()
             for task, rest in waiting.items():
                 self._forward(task, rest, writers[task], written, failed, report)
             written.finish()
@@ -220,11 +247,12 @@ class Worker:
         if pixels:
             padding = [torch.zeros_like(pixels[0])] * (teacher.config.batch_size - len(pixels))
             batch = torch.stack(pixels + padding)
-            start = time.perf_counter()
-            features = teacher.encode(batch)[: len(pixels)]
-            if features.is_cuda:
-                torch.cuda.synchronize()
-            report.forward_seconds += time.perf_counter() - start
+            with self._computing:
+                start = time.perf_counter()
+                features = teacher.encode(batch)[: len(pixels)]
+                if features.is_cuda:
+                    torch.cuda.synchronize()
+                report.forward_seconds += time.perf_counter() - start
         rows = [(sample.row, sample.reason) for sample in samples]
         written.submit(_write, writer, rows, features, teacher.config.codec, failed)
 

@@ -72,7 +72,9 @@ def main() -> int:
         help="look for the nearest images here (default: the first data with targets)",
     )
     see.add_argument("--out", type=Path, help="the file (default: see/IMAGE.html beside MODEL)")
-    bench = commands.add_parser("bench", help="measured ratios: stored targets against teachers in the training step")
+    bench = commands.add_parser(
+        "bench", help="measured ratios: stored targets against online teachers, featurizing against other ways"
+    )
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
     args = parser.parse_args()
 

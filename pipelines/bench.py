@@ -3,6 +3,7 @@
     features      one image's three targets, decoded: read from the store | the teachers, batched | one image at a time
     step          one optimizer step of the demo student with targets from each of the three, and without any
     scenes        how many the demo world renders per second and core, at each level
+    featurizing   a worker | the published way | Ray Data | a bare forward; by number of tars (`pipelines.throughput`)
     full size     (--full-size) the published teachers, random weights, one image | reading a stored row of that size
 
 "One image at a time" is how the published code runs its teachers inside the step.
@@ -46,6 +47,7 @@ from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetStore
 from olavlm.provenance import provenance
 from pipelines import corpus as corpora
+from pipelines import throughput
 from pipelines.demo_world.processes import scenes_per_second
 from pipelines.demo_world.scenes import LEVELS
 from train import stage, student
@@ -71,6 +73,7 @@ def bench(full_size: bool) -> dict[str, Any]:
     run_pipeline(config)
     result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
     result["scenes_per_second"] = {name: scenes_per_second(level) for name, level in LEVELS.items()}
+    result["throughput"] = throughput.throughput(Path("runs/bench"))
     if full_size:
         result["full_size"] = _full_size()
     replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())
@@ -121,7 +124,7 @@ def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
 
     def read() -> dict[str, torch.Tensor]:
         used = [(s, i) for s in map(snapshot.sample, map(int, samples)) for i in s.images]
-        return {task: loader._read_targets(task, used).features() for task in tasks}
+        return {task: loader.read_targets(task, used).features() for task in tasks}
 
     def step(weights: dict[str, float], source: Callable[[MicroBatch], dict[str, Targets]], names: list[str]) -> float:
         reader = Loader(snapshot, processor, names, settings.max_length, range(1), lambda _: [samples], 1)
@@ -272,6 +275,7 @@ def _print(result: dict[str, Any]) -> None:
     console.print(f"loss with stored targets and with teachers online differs by {result['loss_gap']:.1e} (int8)")
     rendered = ", ".join(f"{level}: {rate:.0f}" for level, rate in result["scenes_per_second"].items())
     console.print(f"scenes rendered per second of one core: {rendered}")
+    throughput.show(result["throughput"], console)
     if "full_size" in result:
         columns = ("published teacher", "parameters", "target", "forward, s", "stored row, ms", "ratio")
         table = Table(*columns, title="published size, one image")

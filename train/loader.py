@@ -145,7 +145,7 @@ class Loader:
             attention_mask=_pad([torch.ones_like(ids) for _, ids, _, _ in texts], 0),
             labels=_pad([labels for _, _, labels, _ in texts], IGNORED),
             pixel_values=self._processor.pixel_values(pictures),
-            targets={task: self._read_targets(task, used) for task in self._tasks},
+            targets={task: self.read_targets(task, used) for task in self._tasks},
             keys=[str(sample) for sample in samples],
         )
         return batch.each(Tensor.pin_memory) if self._pin else batch
@@ -178,8 +178,8 @@ class Loader:
         except ValueError as error:
             raise OlaError(f"{sample}, image {image.index}: {error}, though it was decodable when indexed") from None
 
-    def _read_targets(self, task: str, used: list[tuple[Sample, Image]]) -> Targets:
-        """Every image's target, written straight into the batch's arrays."""
+    def read_targets(self, task: str, used: list[tuple[Sample, Image]]) -> Targets:
+        """One task's target of every image in `used`, written straight into the batch's arrays. Raises as `read`."""
         sets = {name: of_task[task] for name, of_task in self._snapshot.targets.items()}
         identity = next(iter(sets.values())).identity
         shape = (len(used), identity.tokens, identity.width)

@@ -182,6 +182,12 @@ def stumbled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, int, int], Path]:
+    """`_write_tar`, for corpora of another size."""
+    return _write_tar
+
+
+@pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes | None]]:
     """Everything below a folder: files with their content, folders as None."""
 
