@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from olavlm.config import TeacherConfig
 from olavlm.data.images import apply_view
@@ -52,6 +52,8 @@ class Teacher(ABC):
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.folder = find_weights(config, self.files)
         self.architecture = read_architecture(self.folder / self.weights_folder / "config.json")
+        if not isinstance(self.architecture, self.model_class.config_class):
+            raise self.refuse("model_type", self.architecture.model_type, self.model_class.config_class.model_type)
         processor = self.folder / self.processor_folder / "preprocessor_config.json"
         self.processor = _read_json(processor)
         self.mean, self.std = _statistics(processor, self.processor)
@@ -78,6 +80,8 @@ class Teacher(ABC):
         """
         folder = self.folder / self.weights_folder
         what = f"{folder}: cannot be loaded as {self.model_class.__name__}"
+        verbosity = get_verbosity()
+        set_verbosity_error()  # no table of a dual model's other tower, which is left in the file on purpose
         try:
             model, info = self.model_class.from_pretrained(
                 folder,
@@ -88,6 +92,8 @@ class Teacher(ABC):
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise OlaError(f"{what}: {_first_line(error)}") from None
+        finally:
+            set_verbosity(verbosity)
         for name, found, expected in sorted(info["mismatched_keys"]):
             raise OlaError(f"{what}: {name} is {tuple(found)}, config.json makes it {tuple(expected)}")
         missing = sorted(name for name in info["missing_keys"] if not name.startswith(unused))

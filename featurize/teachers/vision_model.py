@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from featurize.teachers import register
 from featurize.teachers.base import Teacher
@@ -30,6 +30,8 @@ from olavlm.config import TeacherConfig
 @register("vision_model")
 class VisionModel(Teacher):
     """What `AutoModel` loads and takes ``pixel_values`` alone: ViTs, DINO, CLIP, SigLIP, Swin, ConvNeXt, ResNet …"""
+
+    model_class: Any = PreTrainedModel  # until the folder says which
 
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)
@@ -112,9 +114,10 @@ class VisionModel(Teacher):
             for hook in hooks:
                 hook.remove()
         if self.pooled:
-            if output.pooler_output is None:
+            pooler_output = getattr(output, "pooler_output", None)
+            if pooler_output is None:
                 raise ValueError("the model has no pooled output; with `layers` their mean over the image is taken")
-            return [output.pooler_output.flatten(1)[:, None].float()]
+            return [pooler_output.flatten(1)[:, None].float()]
         outputs = (found[layer] for layer in self.layers)
         return [self._to_grid(model, out[0] if isinstance(out, tuple) else out) for out in outputs]
 
