@@ -31,7 +31,7 @@ class Teacher(ABC):
     """A frozen vision network, always in eval mode: an image becomes a target, a target something to look at.
 
     Attributes:
-        model_class: the network, as transformers names it.
+        model_class: the network's class in transformers; None where the folder says which.
         depth_sign: what a larger decoded depth means, for depth teachers.
         depth_unit: of decoded depths; None where they are relative.
         weights_folder: folder inside the repository that holds config.json and the weights.
@@ -39,7 +39,7 @@ class Teacher(ABC):
         files: what of the repository is needed, for the command that downloads it.
     """
 
-    model_class: Any
+    model_class: Any = None
     depth_sign: Literal["larger_is_closer", "larger_is_farther"] | None = None
     depth_unit: str | None = None
     weights_folder = "."
@@ -52,8 +52,9 @@ class Teacher(ABC):
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.folder = find_weights(config, self.files)
         self.architecture = read_architecture(self.folder / self.weights_folder / "config.json")
-        if not isinstance(self.architecture, self.model_class.config_class):
-            raise self.refuse("model_type", self.architecture.model_type, self.model_class.config_class.model_type)
+        expected: Any = getattr(self.model_class, "config_class", object)
+        if not isinstance(self.architecture, expected):
+            raise self.refuse("model_type", self.architecture.model_type, expected.model_type)
         processor = self.folder / self.processor_folder / "preprocessor_config.json"
         self.processor = _read_json(processor)
         self.mean, self.std = _statistics(processor, self.processor)
@@ -80,8 +81,9 @@ class Teacher(ABC):
         """
         folder = self.folder / self.weights_folder
         what = f"{folder}: cannot be loaded as {self.model_class.__name__}"
+        # No table of a dual model's other tower, which is left in the file on purpose.
         verbosity = get_verbosity()
-        set_verbosity_error()  # no table of a dual model's other tower, which is left in the file on purpose
+        set_verbosity_error()  # type: ignore[no-untyped-call]
         try:
             model, info = self.model_class.from_pretrained(
                 folder,

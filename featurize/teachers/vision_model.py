@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING
 
 from featurize.teachers import register
 from featurize.teachers.base import Teacher
@@ -30,8 +30,6 @@ from olavlm.config import TeacherConfig
 @register("vision_model")
 class VisionModel(Teacher):
     """What `AutoModel` loads and takes ``pixel_values`` alone: ViTs, DINO, CLIP, SigLIP, Swin, ConvNeXt, ResNet …"""
-
-    model_class: Any = PreTrainedModel  # until the folder says which
 
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)

@@ -174,9 +174,9 @@ def test_depth_is_decoded_as_the_published_head_decodes_it(tmp_path: Path, lifte
     depth = teachers.load(TeacherConfig(**stated)).decode(reference["features"])
     assert depth is not None
     written_down = _published_head(state, reference["features"])
-    torch.testing.assert_close(depth, written_down, atol=1e-4, rtol=0)
+    torch.testing.assert_close(depth, written_down, atol=1e-5, rtol=0)
     if lifted:
-        assert written_down.std() > 0.01
+        assert written_down.std() > 1e-3
     else:
         torch.testing.assert_close(depth[:, ::4, ::4], reference["depth_ds4"], atol=1e-4, rtol=0)
 

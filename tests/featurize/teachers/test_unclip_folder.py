@@ -27,8 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "merges.txt").write_text("#version: 0.2\n")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     channels = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    square = {"height": SIZE, "width": SIZE}
     pipeline = diffusers.StableUnCLIPImg2ImgPipeline(
-        feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+        feature_extractor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square),
         image_encoder=CLIPVisionModelWithProjection(
             CLIPVisionConfig(**small, image_size=SIZE, patch_size=8, projection_dim=WIDTH)
         ),
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_that_diffusers_saved_gives_its_image_embeds(folder: Path) -> None:
-    """The layout and the numbers of `StableUnCLIPImg2ImgPipeline`; a square image, of which the processor cuts nothing."""
+    """The layout and the numbers of `StableUnCLIPImg2ImgPipeline`, for an image that its processor need not crop."""
     import diffusers
 
     assert {"model_index.json", "image_encoder", "feature_extractor", "unet"} <= {p.name for p in folder.iterdir()}
