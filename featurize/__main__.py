@@ -13,6 +13,7 @@ from olavlm.config import PipelineConfig, load_pipeline
 EXAMPLES = """examples:
   python -m featurize pack --llava-json blip_laion_cc_sbu_558k.json --images images --out corpora/llava558k
   python -m featurize plan llava558k-llama3-8b
+  python -m featurize measure llava558k-llama3-8b --random-weights
   python -m featurize run demo featurize.executor=inprocess featurize.workers=2
   python -m featurize run demo --retry-failed
   python -m featurize verify demo --recompute 8
@@ -65,9 +66,11 @@ def main() -> int:
     added["export"].add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the tars go")
     added["inspect"].add_argument("--images", type=int, default=8, metavar="N", help="how many (%(default)s)")
     added["inspect"].add_argument("--out", type=Path, help="PNG file (default: RUN/featurize/inspect.png)")
-    from featurize.corpus.cli import add_commands
+    from featurize import teachers_cli
+    from featurize.corpus import cli as corpus_cli
 
-    add_commands(commands)
+    corpus_cli.add_commands(commands)
+    teachers_cli.add_commands(commands)
     args = parser.parse_args()
     return args.command(args) or 0
 

@@ -24,20 +24,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    OneFormerConfig,
-    OneFormerForUniversalSegmentation,
-    SwinConfig,
-)
 
 from featurize import teachers
 from featurize.stage import run_pipeline
 from featurize.teachers.base import Teacher
+from featurize.teachers.published import write_random
 from olavlm import runs
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data import codec
@@ -165,10 +156,10 @@ def _full_size() -> dict[str, Any]:
     image = torch.randint(0, 256, (480, 640, 3), dtype=torch.uint8)
     folder = Path(tempfile.mkdtemp(prefix="full-size-", dir="runs/bench"))
     try:
-        for task, architecture in _ARCHITECTURES.items():
+        for task, stated in published.teachers.items():
             weights = folder / task
-            architecture(weights)
-            config = published.teachers[task].model_copy(update={"weights": str(weights), "dtype": "float32"})
+            write_random(stated.weights, weights)
+            config = stated.model_copy(update={"weights": str(weights), "dtype": "float32"})
             teacher = teachers.load(config)
             picture = Image.fromarray(image.numpy())
             features = teacher.encode(teacher.preprocess(picture)[None])  # the first pass loads the weights
@@ -216,49 +207,6 @@ def _read_row(path: Path, teacher: Teacher, task: str, features: torch.Tensor) -
 class _Tar:
     name: str
     hash: str
-
-
-def _save_depth(folder: Path) -> None:
-    """Depth-Anything-V2-Large."""
-    backbone = Dinov2Config(  # type: ignore[call-arg]
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518,
-        out_indices=[5, 12, 18, 24], reshape_hidden_states=False,
-    )  # fmt: skip
-    config = DepthAnythingConfig(
-        backbone_config=backbone, reassemble_hidden_size=1024, neck_hidden_sizes=[256, 512, 1024, 1024],
-        fusion_hidden_size=256,
-    )  # fmt: skip
-    DepthAnythingForDepthEstimation(config).save_pretrained(folder)
-    _save_processor(folder, {"height": 518, "width": 518})
-
-
-def _save_seg(folder: Path) -> None:
-    """OneFormer with a Swin-L backbone."""
-    backbone = SwinConfig(  # type: ignore[call-arg]
-        embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, drop_path_rate=0.3,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    OneFormerForUniversalSegmentation(OneFormerConfig(backbone_config=backbone)).save_pretrained(folder)
-    _save_processor(folder, {"shortest_edge": 800})
-
-
-def _save_gen(folder: Path) -> None:
-    """unCLIP's image encoder, CLIP-ViT-H/14."""
-    config = CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14,
-        image_size=224, projection_dim=1024, hidden_act="gelu",
-    )  # fmt: skip
-    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
-    _save_processor(folder / "feature_extractor", {"shortest_edge": 224})
-
-
-def _save_processor(folder: Path, size: dict[str, int]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": size}
-    (folder / "preprocessor_config.json").write_text(json.dumps(content))
-
-
-_ARCHITECTURES: dict[str, Callable[[Path], None]] = {"depth": _save_depth, "seg": _save_seg, "gen": _save_gen}
 
 
 def _print(result: dict[str, Any]) -> None:

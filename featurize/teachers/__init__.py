@@ -11,7 +11,7 @@ from featurize.teachers.base import Teacher
 from olavlm.config import TeacherConfig
 from olavlm.errors import OlaError
 
-_MODULES = ("depth_anything", "oneformer", "unclip")
+_MODULES = ("depth_anything", "oneformer", "unclip", "vision_model")
 _registry: dict[str, type[Teacher]] = {}
 
 

@@ -19,21 +19,22 @@ from olavlm.config import TeacherConfig
 class DepthAnything(Teacher):
     """Any checkpoint of transformers' `DepthAnythingForDepthEstimation` with a Dinov2 backbone."""
 
+    model_class = DepthAnythingForDepthEstimation
+
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)
-        metric = self.architecture.get("depth_estimation_type", "relative") == "metric"
+        metric = self.architecture.depth_estimation_type == "metric"
         self.depth_sign = "larger_is_farther" if metric else "larger_is_closer"  # relative models predict disparity
         self.depth_unit = "m" if metric else None
-        backbone = self.architecture["backbone_config"]
-        taps = backbone.get("out_indices") or [int(name.removeprefix("stage")) for name in backbone["out_features"]]
+        backbone = self.architecture.backbone_config
+        taps = backbone.out_indices  # 1-based: 0 is the embedding
         self.layers = tuple(config.layers if config.layers is not None else (tap - 1 for tap in taps))
-        self.patch = backbone["patch_size"]
-        if config.grid * self.patch != config.input_size:
-            raise self.refuse("grid", config.grid, f"input_size {config.input_size} / patch {self.patch}")
-        if config.width != backbone["hidden_size"]:
-            raise self.refuse("width", config.width, backbone["hidden_size"])
-        if not self.layers or not all(0 <= layer < backbone["num_hidden_layers"] for layer in self.layers):
-            raise self.refuse("layers", list(self.layers), f"blocks 0 to {backbone['num_hidden_layers'] - 1}")
+        if config.grid * backbone.patch_size != config.input_size:
+            raise self.refuse("grid", config.grid, f"input_size {config.input_size} / patch {backbone.patch_size}")
+        if config.width != backbone.hidden_size:
+            raise self.refuse("width", config.width, backbone.hidden_size)
+        if not self.layers or not all(0 <= layer < backbone.num_hidden_layers for layer in self.layers):
+            raise self.refuse("layers", list(self.layers), f"blocks 0 to {backbone.num_hidden_layers - 1}")
 
     def describe(self) -> dict[str, Any]:
         """See `Teacher.describe`."""
@@ -45,12 +46,13 @@ class DepthAnything(Teacher):
 
     def load_model(self) -> nn.Module:
         """The whole network, its position embeddings resized once to the grid."""
-        model = DepthAnythingForDepthEstimation.from_pretrained(self.folder, use_safetensors=True)
+        model: Any = self.from_pretrained()
         embeddings = model.backbone.embeddings
         embeddings.position_embeddings = nn.Parameter(
             resize_positions(embeddings.position_embeddings.data.float(), self.config.grid)
         )
-        return model
+        network: nn.Module = model
+        return network
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:

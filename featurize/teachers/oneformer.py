@@ -17,10 +17,12 @@ from olavlm.config import TeacherConfig
 class OneFormer(Teacher):
     """Any checkpoint of transformers' `OneFormerForUniversalSegmentation` with a Swin backbone."""
 
+    model_class = OneFormerForUniversalSegmentation
+
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)
-        backbone = self.architecture["backbone_config"]
-        width = backbone["embed_dim"] * 2 ** (len(backbone["depths"]) - 1)
+        backbone = self.architecture.backbone_config
+        width = backbone.embed_dim * 2 ** (len(backbone.depths) - 1)
         if config.width != width:
             raise self.refuse("width", config.width, width)
         if config.layers is not None:
@@ -46,11 +48,11 @@ class OneFormer(Teacher):
     @property
     def labels(self) -> dict[int, str]:
         """The classes the checkpoint was trained on."""
-        return {int(label): str(name) for label, name in self.architecture.get("id2label", {}).items()}
+        return {int(label): str(name) for label, name in self.architecture.id2label.items()}
 
     def load_model(self) -> nn.Module:
         """The whole network; encoding runs its backbone only."""
-        return OneFormerForUniversalSegmentation.from_pretrained(self.folder, use_safetensors=True)
+        return self.from_pretrained(unused=("criterion.",))  # the loss
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class OneFormer(Teacher):
         """
         encoder = self._pixel_level.encoder
         n, grid = len(features), self.config.grid
-        stem = self.architecture["backbone_config"]["patch_size"]
+        stem = self.architecture.backbone_config.patch_size
         side = self.sizes[-1][0] // stem
         stages = len(encoder.channels)
         maps = []
@@ -93,8 +95,8 @@ class OneFormer(Teacher):
 
     def _task_tokens(self) -> Tensor:
         """The tokens of OneFormer's task prompt, as its processor makes them: ids, zero where padded."""
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        length = self.architecture.get("task_seq_len", 77)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        length = self.architecture.task_seq_len
         encoded = tokenizer("the task is semantic", padding="max_length", max_length=length, truncation=True)
         ids = torch.tensor([encoded["input_ids"]]) * torch.tensor([encoded["attention_mask"]])
         return ids.to(self.device, self.dtype)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from featurize.teachers import register
@@ -15,28 +15,25 @@ from olavlm.config import TeacherConfig
 class UnClip(Teacher):
     """A diffusers repository with ``image_encoder`` and ``feature_extractor``, as stable-diffusion-2-1-unclip is."""
 
+    model_class = CLIPVisionModelWithProjection
     weights_folder = "image_encoder"
     processor_folder = "feature_extractor"
     files = ("image_encoder/config.json", "image_encoder/model.safetensors", "feature_extractor/*")
 
     def __init__(self, config: TeacherConfig, device: str = "cpu"):
         super().__init__(config, device)
-        if config.input_size != self.architecture["image_size"]:
-            raise self.refuse("input_size", config.input_size, self.architecture["image_size"])
+        if config.input_size != self.architecture.image_size:
+            raise self.refuse("input_size", config.input_size, self.architecture.image_size)
         if config.grid != 1:
             raise self.refuse("grid", config.grid, "one pooled token (grid 1)")
-        if config.width != self.architecture["projection_dim"]:
-            raise self.refuse("width", config.width, self.architecture["projection_dim"])
+        if config.width != self.architecture.projection_dim:
+            raise self.refuse("width", config.width, self.architecture.projection_dim)
         if config.layers is not None:
             raise self.refuse("layers", config.layers, "no choice of layers (leave the key out)")
 
     def describe(self) -> dict[str, Any]:
         """See `Teacher.describe`."""
         return {"position_embedding": "as trained", "layers": None, "pooling": "image_embeds, not normalised"}
-
-    def load_model(self) -> nn.Module:
-        """The vision tower."""
-        return CLIPVisionModelWithProjection.from_pretrained(self.folder / self.weights_folder, use_safetensors=True)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
