@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from olavlm.data.atomic import Check, publish, replace, sweep
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.codec import Layout
 from olavlm.data.lease import Lease
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
 from olavlm.errors import OlaError
@@ -55,18 +55,18 @@ def shard(chunks: Sequence[bytes | None]) -> tuple[bytes, list[int]]:
 
 def describe_arrays(target: TargetSet, rows: int) -> None:
     """Write or enlarge the Zarr metadata so that the arrays have `rows` rows; they never shrink."""
-    identity = target.identity
-    shape = [identity.tokens, identity.width]
-    _describe(target.path / "values.zarr" / "zarr.json", DTYPES[identity.codec].name, rows, target.block, shape)
-    if HAS_SCALES[identity.codec]:
-        _describe(target.path / "scales.zarr" / "zarr.json", "float32", rows, target.block, shape[:1])
+    layout = target.identity.layout
+    _describe(target.path / "values.zarr" / "zarr.json", layout.dtype.name, rows, target.block, layout.shape)
+    if layout.scales_dtype:
+        name = layout.scales_dtype.name
+        _describe(target.path / "scales.zarr" / "zarr.json", name, rows, target.block, layout.scales_shape)
 
 
-def _describe(file: Path, data_type: str, rows: int, block: int, shape: list[int]) -> None:
+def _describe(file: Path, data_type: str, rows: int, block: int, shape: tuple[int, ...]) -> None:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
-        "codecs": [{"name": "bytes"} if data_type == "int8" else little],
+        "codecs": [{"name": "bytes"} if data_type.endswith("int8") else little],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -78,7 +78,7 @@ def _describe(file: Path, data_type: str, rows: int, block: int, shape: list[int
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [block, *shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "fill_value": 0 if data_type == "int8" else 0.0,
+        "fill_value": 0 if data_type.endswith("int8") else 0.0,
         "attributes": {},
     }
     sweep(file)
@@ -154,12 +154,13 @@ class TarWriter:
         rms: float,
         absmax: float,
     ) -> None:
-        """Append an image's encoded target: values (tokens, width), scales (tokens,) or None (see `codec.encode`)."""
-        identity = self._target.identity
-        if values.shape != (identity.tokens, identity.width) or values.dtype != DTYPES[identity.codec]:
-            raise ValueError(f"{key}: values {values.dtype}{values.shape} do not fit {identity}")
+        """Append an image's encoded target: values and scales (or None), as from `codec.encode`."""
+        of_scales = () if scales is None else (scales.dtype, scales.shape)
+        found = Layout(values.dtype, values.shape, *of_scales)
+        if found != self._target.identity.layout:
+            raise ValueError(f"{key}: {found} does not fit {self._target.identity}")
         value_bytes = values.tobytes()
-        scale_bytes = b"" if scales is None else scales.astype("<f4").tobytes()
+        scale_bytes = b"" if scales is None else scales.tobytes()
         row = self._row(key, image_index, image_hash, "ok", None)
         row |= {
             "values_bytes": len(value_bytes),
@@ -215,7 +216,7 @@ class TarWriter:
         data, offsets = shard(self._values + padding)
         self._publish(self._target.values_file(self._block), data)
         scale_offsets = [-1] * self._target.block
-        if HAS_SCALES[self._target.identity.codec]:
+        if self._target.identity.layout.scales_dtype:
             scale_data, scale_offsets = shard(self._scales + padding)
             self._publish(self._target.scales_file(self._block), scale_data)
         for row in self._pending:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from olavlm.config import Codec, Dtype, TeacherConfig, View
 from olavlm.data.atomic import ensure
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.codec import Layout, layout
 from olavlm.data.files import OpenFiles
 from olavlm.errors import OlaError
 
@@ -86,6 +86,11 @@ class Identity:
     def tokens(self) -> int:
         """Tokens per image."""
         return self.grid * self.grid
+
+    @property
+    def layout(self) -> Layout:
+        """What is stored of one image."""
+        return layout(self.tokens, self.width, self.codec)
 
     @property
     def digest(self) -> str:
@@ -256,7 +261,7 @@ class TargetSet:
             key: the sample the caller means to read; compared with the row's and covered by the checksum.
 
         Returns:
-            values (tokens, width) int8 or float16, scales (tokens,) float32 or None: what `codec.decode` takes.
+            values and scales (or None) as the identity's `layout` says: what `codec.decode` takes.
 
         Raises:
             OlaError: another key, an image without a target, missing or damaged bytes; naming the file and the key.
@@ -266,26 +271,30 @@ class TargetSet:
                 f"{self.path}: wanted the target of sample {key!r}, the commit's row is of {row['key']!r} "
                 f"with status {row['status']!r} {row['reason'] or ''}".rstrip()
             )
-        shape = (self.identity.tokens, self.identity.width)
+        stored = self.identity.layout
         values = self._pread(self.values_file(row["block"]), row["values_offset"], row["values_bytes"], key)
         scales = b""
-        if HAS_SCALES[self.identity.codec]:
+        if stored.scales_dtype:
             scales = self._pread(self.scales_file(row["block"]), row["scales_offset"], row["scales_bytes"], key)
         if checksum(key, scales, values) != row["checksum"]:
             raise OlaError(
                 f"{self.values_file(row['block'])}: damaged: the target of sample {key!r}, image {row['image_index']}, "
                 "has another checksum than its commit says; `python -m featurize verify` lists all such"
             )
-        array = np.frombuffer(values, DTYPES[self.identity.codec]).reshape(shape)
-        return array, np.frombuffer(scales, "<f4") if scales else None
+        array = np.frombuffer(values, stored.dtype).reshape(stored.shape)
+        if stored.scales_dtype is None:
+            return array, None
+        return array, np.frombuffer(scales, stored.scales_dtype).reshape(stored.scales_shape)
 
     def values_file(self, block: int) -> Path:
         """The shard object with a block's values."""
-        return self.path / "values.zarr" / "c" / str(block) / "0" / "0"
+        zeros = ["0"] * len(self.identity.layout.shape)
+        return self.path.joinpath("values.zarr", "c", str(block), *zeros)
 
     def scales_file(self, block: int) -> Path:
         """The shard object with a block's scales."""
-        return self.path / "scales.zarr" / "c" / str(block) / "0"
+        zeros = ["0"] * len(self.identity.layout.scales_shape)
+        return self.path.joinpath("scales.zarr", "c", str(block), *zeros)
 
     def _pread(self, file: Path, offset: int, count: int, key: str) -> bytes:
         try:
