@@ -64,8 +64,9 @@ def _features(images: NDArray[np.uint8]) -> Tensor:
     model.load_state_dict(torch.load(weights, weights_only=True))
     model.eval()
     found = []
-    for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(16):
-        x = model._swish(model._bn0(model._conv_stem((batch.float() - 127) / 128)))
+    for batch in np.array_split(images, -(-len(images) // 16)):
+        pixels = torch.from_numpy(batch).permute(0, 3, 1, 2)
+        x = model._swish(model._bn0(model._conv_stem((pixels.float() - 127) / 128)))
         for block in model._blocks:
             x = block(x)
         found.append(x.flatten(2).transpose(1, 2))

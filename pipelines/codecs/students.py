@@ -139,15 +139,16 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     order = stage.order_of(snapshot, "pretrain", settings, config.seed)
     loader = Loader(snapshot, processor, [], settings.max_length, range(0), lambda _: [], 1)
+    objective = Objective(settings.losses, settings.contrastive)
     for step in range(steps):
         samples = order.batch(step)
         valid = torch.ones(len(samples), dtype=torch.bool)
-        own = {task: Targets(features[samples], None, valid, "fp16") for task, features in targets.items()}
-        objective = Objective(settings.losses, settings.contrastive, targets=lambda _, own=own: own)
+        batch = loader.read(samples)
+        batch.targets = {task: Targets(features[samples], None, valid, "fp16") for task, features in targets.items()}
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * learning_rate(step, steps, settings.warmup)
         optimizer.zero_grad()
-        accumulate(model, [loader.read(samples)], objective, world)
+        accumulate(model, [batch], objective, world)
         nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
     return model, loader
@@ -161,7 +162,7 @@ def _measure(model: OlaVlmForConditionalGeneration, data: _Data, trained: Loader
     supervised layers. ``depth known`` and ``shape known``: what linear probes read of the objects from the language
     model's image tokens, mean over the layers: R² of the log-depth, accuracy of the class.
     """
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     reader = Loader(data.snapshot, trained._processor, [], trained._max_length, range(0), lambda _: [], 1)
     layers = set(range(1, model.config.llm.num_hidden_layers + 1))
     sums: dict[str, list[Tensor]] = {}
@@ -181,10 +182,10 @@ def _measure(model: OlaVlmForConditionalGeneration, data: _Data, trained: Loader
                 sums.setdefault(f"{task} smooth-L1", []).append(loss / len(predictions))
                 sums.setdefault(f"{task} cosine", []).append(cosine(prediction, target).sum() / len(predictions))
     found = {name: float(torch.stack(values).sum()) / count for name, values in sums.items()}
-    states = [objects.seen_in(torch.cat(of_layer).double().numpy()) for of_layer in seen.values()]
+    known = [objects.seen_in(torch.cat(of_layer).double().numpy()) for of_layer in seen.values()]
     with torch.enable_grad():  # the probes are fitted by gradients
-        depths = [r2(objects.log_depth, ridge(x, objects.log_depth, objects.scene)) for x in states]
-        shapes = [classify(x, objects.shape, len(SHAPES), objects.scene, penalties=(1e-3,)) for x in states]
+        depths = [r2(objects.log_depth, ridge(x, objects.log_depth, objects.scene)) for x in known]
+        shapes = [classify(x, objects.shape, len(SHAPES), objects.scene, penalties=(1e-3,)) for x in known]
     found["depth known"] = float(np.mean(depths))
     found["shape known"] = float(np.mean([(shape == objects.shape).mean() for shape in shapes]))
     return {name: round(value, 6) for name, value in found.items()}

@@ -174,7 +174,7 @@ def _lloyd(x: Tensor, count: int) -> Tensor:
     if len(values) > _POOLED:
         values = values[torch.linspace(0, len(values) - 1, _POOLED).long()]
     if len(values) < count:
-        values = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(16.0 * count) + 0.5) / (16 * count)).double()
+        values = torch.special.ndtri((torch.arange(16 * count, dtype=torch.float64) + 0.5) / (16 * count))
     levels = values[((torch.arange(count) + 0.5) / count * len(values)).long()]
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), values.cumsum(0)])
     for _ in range(_ROUNDS):
