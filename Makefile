@@ -11,7 +11,8 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo sweep teachers bench test lint clean
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo sweep teachers bench codecs test lint \
+	clean
 
 help:  ## this list
 	@echo "make STAGE [PIPELINE=demo|photos|path/to.yaml] [ARGS=\"key.path=value …\"]"
@@ -65,6 +66,9 @@ teachers: setup  ## train the demo world's teachers and student base from nothin
 
 bench: setup  ## measured ratios: stored targets against teachers online, our featurization against other ways
 	$(RUN) -m pipelines bench $(ARGS)
+
+codecs: setup  ## what storing targets in fewer bits costs, and what it does to a student
+	$(RUN) -m pipelines codecs $(ARGS)
 
 test: setup  ## the tests
 	$(RUN) -m pytest $(ARGS)

@@ -12,7 +12,6 @@ from featurize.progress import track
 from featurize.stage import Job, open_jobs, rows
 from olavlm.config import PipelineConfig
 from olavlm.data import codec
-from olavlm.data.codec import HAS_SCALES
 from olavlm.data.commit import shard_index, shard_ranges, undescribed_arrays
 from olavlm.data.corpus import Tar
 from olavlm.data.images import decode_image
@@ -41,7 +40,7 @@ def verify(config: PipelineConfig, recompute: int = 0) -> Iterator[Finding]:
     Args:
         config: the pipeline.
         recompute: so many images per task are run through the teacher again; they must agree with what is stored within
-            one quantization step (int8) or one unit in the last place of the largest value (fp16).
+            one quantization step (int8, int4) or one unit in the last place of the largest value (fp16).
     """
     jobs = open_jobs(config)
     for task in config.teachers:
@@ -98,7 +97,7 @@ def _block(target: TargetSet, block: int, listed: list[dict[str, Any]]) -> Itera
     if target.format == "webdataset":
         return
     files = {"values": target.values_file(block)}
-    if HAS_SCALES[target.identity.codec]:
+    if target.identity.layout.scales_dtype:
         files["scales"] = target.scales_file(block)
     for name, file in files.items():
         try:
@@ -137,14 +136,14 @@ def _recomputed(config: PipelineConfig, task: str, places: list[tuple[Job, Tar, 
         padding = [torch.zeros_like(pixels[0])] * (size - len(pixels))
         features = teacher.encode(torch.stack(pixels + padding))
         for (job, tar, row), feature in zip(batch, features, strict=False):
-            stored = _decoded(*job.sets[task].read(row, row["key"]), name)
+            stored = codec.decode(*_tensors(*job.sets[task].read(row, row["key"])), name)
             values, scales = codec.encode(feature[None], name)
-            now = _decoded(values[0], None if scales is None else scales[0], name)
-            step = torch.from_numpy(scales[0])[:, None] if scales is not None else now.abs().max() * 2**-10
-            off = float(((stored - now).abs() / step.clamp_min(1e-30)).max())
+            now = _tensors(values[0], None if scales is None else scales[0])
+            step = codec.step(*now, name).clamp_min(1e-30)
+            off = float(((stored - codec.decode(*now, name)).abs() / step).max())
             if off > 1.01:
                 yield Finding(job.name, task, tar, f"sample {row['key']} is {off:.1f} quantization steps off")
 
 
-def _decoded(values: Any, scales: Any, name: Any) -> torch.Tensor:
-    return codec.decode(torch.tensor(values), None if scales is None else torch.tensor(scales), name)
+def _tensors(values: Any, scales: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.tensor(values), None if scales is None else torch.tensor(scales)

@@ -15,8 +15,10 @@ from yaml import YAMLError
 from olavlm.errors import OlaError
 
 View = Literal["squash", "pad", "center_crop"]
-Codec = Literal["fp16", "int8"]
 Format = Literal["zarr", "webdataset"]
+Codec = Literal["fp16", "int8", "int4"]
+#: Values of a token that share a scale in codec int4.
+INT4_GROUP = 32
 Dtype = Literal["float32", "bfloat16", "float16"]
 Part = Literal["projector", "task_tokens", "predictors", "logit_scales", "language_model", "vision_tower"]
 
@@ -231,6 +233,11 @@ class PipelineConfig(Section):
             if value not in names:
                 raise ValueError(f"{key}: {value!r} is not defined here; known: {', '.join(sorted(names)) or 'none'}")
 
+        for task, teacher in self.teachers.items():
+            if teacher.codec == "int4" and teacher.width % INT4_GROUP:
+                raise ValueError(
+                    f"teachers.{task}.codec: int4 scales groups of {INT4_GROUP} values, width is {teacher.width}"
+                )
         for task in self.student.tasks:
             known("student.tasks", task, self.teachers)
         if "://" in self.run_dir:

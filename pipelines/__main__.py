@@ -76,6 +76,12 @@ def main() -> int:
         "bench", help="measured ratios: stored targets against online teachers, featurizing against other ways"
     )
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
+    codecs = commands.add_parser("codecs", help="bytes, time and loss of every codec, and what it does to a student")
+    codecs.add_argument("--out", type=Path, default=Path("runs/codecs"), help="what is there is kept (%(default)s)")
+    codecs.add_argument("--seeds", type=int, default=5, help="students per codec (%(default)s)")
+    codecs.add_argument("--scenes", type=int, default=384, help="that a student is trained on (%(default)s)")
+    codecs.add_argument("--held-out", type=int, default=96, help="scenes it is judged on (%(default)s)")
+    codecs.add_argument("--steps", type=int, default=40, help="optimizer steps of a student (%(default)s)")
     args = parser.parse_args()
 
     if args.command == "teachers":
@@ -100,6 +106,12 @@ def main() -> int:
         from pipelines.bench import bench as run_bench
 
         run_bench(full_size=args.full_size)
+        return 0
+    if args.command == "codecs":
+        from pipelines.codecs.command import codecs as run_codecs
+        from pipelines.codecs.students import Sizes
+
+        run_codecs(args.out, args.seeds, Sizes(args.scenes, args.held_out, args.steps))
         return 0
 
     if args.command == "sweep":

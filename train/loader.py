@@ -36,8 +36,8 @@ IGNORED = -100
 class Targets:
     """One task's targets for the n images of a micro-batch, as stored; `features` decodes them where they are."""
 
-    values: Tensor  # (n, tokens, width) in the codec's dtype; a provider of its own may give float32
-    scales: Tensor | None  # (n, tokens) float32, codecs with scales
+    values: Tensor  # (n, …) as the codec's layout says; a provider of its own may give float32 as codec fp16
+    scales: Tensor | None  # (n, …), codecs with scales
     valid: Tensor  # (n,) bool; False: the image has no target, its row is zero
     codec: Codec
 
@@ -182,9 +182,11 @@ class Loader:
         """One task's target of every image in `used`, written straight into the batch's arrays. Raises as `read`."""
         sets = {name: of_task[task] for name, of_task in self._snapshot.targets.items()}
         identity = next(iter(sets.values())).identity
-        shape = (len(used), identity.tokens, identity.width)
-        values = torch.zeros(shape, dtype=torch.from_numpy(np.empty(0, codec.DTYPES[identity.codec])).dtype)
-        scales = torch.zeros(shape[:2]) if codec.HAS_SCALES[identity.codec] else None
+        layout = identity.layout
+        values = torch.from_numpy(np.zeros((len(used), *layout.shape), layout.dtype))
+        scales = None
+        if layout.scales_dtype:
+            scales = torch.from_numpy(np.zeros((len(used), *layout.scales_shape), layout.scales_dtype))
         valid = torch.zeros(len(used), dtype=torch.bool)
         for i, (sample, image) in enumerate(used):
             row = image.targets.get(task)

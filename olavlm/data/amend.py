@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from olavlm.data.atomic import publish, replace, sweep
-from olavlm.data.codec import HAS_SCALES
 from olavlm.data.commit import commit_bytes, fenced, ok_row, shard_index, target_bytes
 from olavlm.data.corpus import content_hash
 from olavlm.data.lease import Lease
@@ -119,7 +118,7 @@ class TarAmender:
         if not self._values:
             return
         arrays = [("values", self._target.values_file(self._block), self._values)]
-        if HAS_SCALES[self._target.identity.codec]:
+        if self._target.identity.layout.scales_dtype:
             arrays.append(("scales", self._target.scales_file(self._block), self._scales))
         for name, file, chunks in arrays:
             listed = [row for row in self._rows if row["block"] == self._block and row[f"{name}_offset"] >= 0]

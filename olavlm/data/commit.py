@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from olavlm.data.atomic import Check, publish, replace, sweep
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.codec import Layout
 from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
@@ -107,20 +107,20 @@ def _arrays(target: TargetSet, rows: int) -> dict[AnyPath, dict[str, Any]]:
     """The set's Zarr metadata files and what they have to say; none in the WebDataset form."""
     if target.format == "webdataset":
         return {}
-    identity = target.identity
-    shape = [identity.tokens, identity.width]
-    values = _metadata(DTYPES[identity.codec].name, rows, target.block, shape)
+    layout = target.identity.layout
+    values = _metadata(layout.dtype.name, rows, target.block, layout.shape)
     arrays: dict[AnyPath, dict[str, Any]] = {target.path / "values.zarr" / "zarr.json": values}
-    if HAS_SCALES[identity.codec]:
-        arrays[target.path / "scales.zarr" / "zarr.json"] = _metadata("float32", rows, target.block, shape[:1])
+    if layout.scales_dtype:
+        scales = _metadata(layout.scales_dtype.name, rows, target.block, layout.scales_shape)
+        arrays[target.path / "scales.zarr" / "zarr.json"] = scales
     return arrays
 
 
-def _metadata(data_type: str, rows: int, block: int, shape: list[int]) -> dict[str, Any]:
+def _metadata(data_type: str, rows: int, block: int, shape: tuple[int, ...]) -> dict[str, Any]:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
-        "codecs": [{"name": "bytes"} if data_type == "int8" else little],
+        "codecs": [{"name": "bytes"} if data_type.endswith("int8") else little],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -132,7 +132,7 @@ def _metadata(data_type: str, rows: int, block: int, shape: list[int]) -> dict[s
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [block, *shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "fill_value": 0 if data_type == "int8" else 0.0,
+        "fill_value": 0 if data_type.endswith("int8") else 0.0,
         "attributes": {},
     }
 
@@ -204,7 +204,7 @@ class TarWriter:
         rms: float,
         absmax: float,
     ) -> None:
-        """Append an image's encoded target: values (tokens, width), scales (tokens,) or None (see `codec.encode`)."""
+        """Append an image's encoded target: values and scales (or None), as from `codec.encode`."""
         value_bytes, scale_bytes = target_bytes(self._target, key, values, scales)
         row = self._row(key, image_index, image_hash, "ok", None)
         self._append(row | ok_row(key, value_bytes, scale_bytes, rms, absmax), value_bytes, scale_bytes)
@@ -271,12 +271,12 @@ class TarWriter:
 
     def _objects(self, following: str | None) -> list[tuple[AnyPath, bytes, dict[str, list[int]]]]:
         """The block's files: where each goes, its content, and in it the offsets of every row's values or scales."""
-        identity, padding = self._target.identity, [None] * (self._target.block - len(self._values))
+        layout, padding = self._target.identity.layout, [None] * (self._target.block - len(self._values))
         arrays: list[tuple[str, list[bytes | None], np.dtype[Any], tuple[int, ...]]] = [
-            ("values", self._values, DTYPES[identity.codec], (identity.tokens, identity.width))
+            ("values", self._values, layout.dtype, layout.shape)
         ]
-        if HAS_SCALES[identity.codec]:
-            arrays.append(("scales", self._scales, np.dtype("<f4"), (identity.tokens,)))
+        if layout.scales_dtype:
+            arrays.append(("scales", self._scales, layout.scales_dtype, layout.scales_shape))
         if self._target.format == "zarr":
             files = {"values": self._target.values_file, "scales": self._target.scales_file}
             shards = [(name, shard([*chunks, *padding])) for name, chunks, _, _ in arrays]
@@ -349,10 +349,11 @@ def target_bytes(
     target: TargetSet, key: str, values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any] | None
 ) -> tuple[bytes, bytes]:
     """A target's chunks, after a check that they fit the set."""
-    identity = target.identity
-    if values.shape != (identity.tokens, identity.width) or values.dtype != DTYPES[identity.codec]:
-        raise ValueError(f"{key}: values {values.dtype}{values.shape} do not fit {identity}")
-    return values.tobytes(), b"" if scales is None else scales.astype("<f4").tobytes()
+    of_scales = () if scales is None else (scales.dtype, scales.shape)
+    found = Layout(values.dtype, values.shape, *of_scales)
+    if found != target.identity.layout:
+        raise ValueError(f"{key}: {found} does not fit {target.identity}")
+    return values.tobytes(), b"" if scales is None else scales.tobytes()
 
 
 def fenced(lease: Lease, write: Callable[[AnyPath, bytes, Check], None], file: AnyPath, data: bytes) -> None:

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from olavlm.config import Codec, Dtype, Format, TeacherConfig, View
 from olavlm.data.atomic import ensure
-from olavlm.data.codec import DTYPES, HAS_SCALES
+from olavlm.data.codec import Layout, layout
 from olavlm.data.corpus import content_hash
 from olavlm.data.files import OpenFiles
 from olavlm.data.objects import AnyPath, as_path
@@ -91,6 +91,11 @@ class Identity:
     def tokens(self) -> int:
         """Tokens per image."""
         return self.grid * self.grid
+
+    @property
+    def layout(self) -> Layout:
+        """What is stored of one image."""
+        return layout(self.tokens, self.width, self.codec)
 
     @property
     def digest(self) -> str:
@@ -285,7 +290,7 @@ class TargetSet:
             key: the sample the caller means to read; compared with the row's and covered by the checksum.
 
         Returns:
-            values (tokens, width) int8 or float16, scales (tokens,) float32 or None: what `codec.decode` takes.
+            values and scales (or None) as the identity's `layout` says: what `codec.decode` takes.
 
         Raises:
             OlaError: another key, an image without a target, missing or damaged bytes; naming the file and the key.
@@ -295,30 +300,39 @@ class TargetSet:
                 f"{self.path}: wanted the target of sample {key!r}, the commit's row is of {row['key']!r} "
                 f"with status {row['status']!r} {row['reason'] or ''}".rstrip()
             )
-        shape = (self.identity.tokens, self.identity.width)
+        stored = self.identity.layout
         values = self._pread(self.values_file(row["block"]), row["values_offset"], row["values_bytes"], key)
         scales = b""
-        if HAS_SCALES[self.identity.codec]:
+        if stored.scales_dtype:
             scales = self._pread(self.scales_file(row["block"]), row["scales_offset"], row["scales_bytes"], key)
         if checksum(key, scales, values) != row["checksum"]:
             raise OlaError(
                 f"{self.values_file(row['block'])}: damaged: the target of sample {key!r}, image {row['image_index']}, "
                 "has another checksum than its commit says; `python -m featurize verify` lists all such"
             )
-        array = np.frombuffer(values, DTYPES[self.identity.codec]).reshape(shape)
-        return array, np.frombuffer(scales, "<f4") if scales else None
+        array = np.frombuffer(values, stored.dtype).reshape(stored.shape)
+        if stored.scales_dtype is None:
+            return array, None
+        return array, np.frombuffer(scales, stored.scales_dtype).reshape(stored.scales_shape)
 
     def values_file(self, block: int) -> AnyPath:
         """The shard object with a block's values."""
         if self.format == "webdataset":
             return self.path / "tars" / f"{block:06}.tar"
-        return self.path / "values.zarr" / "c" / str(block) / "0" / "0"
+        return self._shard("values.zarr", block, self.identity.layout.shape)
 
     def scales_file(self, block: int) -> AnyPath:
         """The shard object with a block's scales."""
         if self.format == "webdataset":
             return self.values_file(block)
-        return self.path / "scales.zarr" / "c" / str(block) / "0"
+        return self._shard("scales.zarr", block, self.identity.layout.scales_shape)
+
+    def _shard(self, array: str, block: int, shape: tuple[int, ...]) -> AnyPath:
+        """A block's shard: Zarr names it by its place along every axis."""
+        path = self.path / array / "c" / str(block)
+        for _ in shape:
+            path = path / "0"
+        return path
 
     def _pread(self, file: AnyPath, offset: int, count: int, key: str) -> bytes:
         try:

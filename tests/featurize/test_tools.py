@@ -12,7 +12,7 @@ from PIL import Image
 from featurize.__main__ import main
 from featurize.inspect import SIDE, pictures
 from featurize.plan import plan
-from featurize.stage import open_jobs
+from featurize.stage import open_jobs, run_pipeline
 from featurize.verify import verify
 from olavlm import cli
 from olavlm.config import load_pipeline
@@ -69,6 +69,15 @@ def test_a_plan_needs_a_count(world: Any, tmp_path: Path) -> None:
 
 def test_a_finished_store_verifies_and_recomputes(world: Any, unbroken: Path) -> None:
     assert list(verify(world.config(unbroken), recompute=4)) == []
+
+
+def test_int4_targets_take_what_was_planned_and_recompute(world: Any, tmp_path: Path) -> None:
+    config = world.config(tmp_path, "teachers.seg.codec=int4")
+    run_pipeline(config)
+    (job,) = open_jobs(config)
+    row = next(r for r in job.sets["seg"].commit(job.corpus.tars[0]).to_pylist() if r["status"] == "ok")
+    assert row["values_bytes"] + row["scales_bytes"] == 36 * (64 // 2 + 2 * 64 // 32) == encoded_bytes(36, 64, "int4")
+    assert list(verify(config, recompute=4)) == []
 
 
 def test_verify_names_a_damaged_target(world: Any, own: Path) -> None:

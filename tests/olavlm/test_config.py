@@ -29,6 +29,9 @@ def test_an_override_replaces_what_was_there():
     assert config.student.layers == {"depth": [1]}
 
 
+INT4_WIDTH = "teachers.depth.codec: int4 scales groups of 32 values, width is 48"
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -36,7 +39,8 @@ def test_an_override_replaces_what_was_there():
         ("teachers.depth.codek=int8", "teachers.depth.codek: unknown key, did you mean 'codec'?"),
         ("seed=abc", "seed: Input should be a valid integer"),
         ("stages.pretrain.lr=-1", "stages.pretrain.lr: Input should be greater than 0"),
-        ("teachers.depth.codec=int3", "teachers.depth.codec: Input should be 'fp16' or 'int8'"),
+        ("teachers.depth.codec=int3", "teachers.depth.codec: Input should be 'fp16', 'int8' or 'int4'"),
+        ("teachers.depth={teacher: a, weights: b, input_size: 8, grid: 2, width: 48, codec: int4}", INT4_WIDTH),
         ("student.layers.sound=[1]", "student.layers: 'sound' is not defined here; known: depth, gen, seg"),
         ("stages.pretrain.data=[web]", "stages.pretrain.data: 'web' is not defined here"),
         ("stages.pretrain.micro_batch=5", "stages.pretrain.micro_batch: 5 does not divide global_batch"),

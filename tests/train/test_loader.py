@@ -62,6 +62,24 @@ def test_images_and_targets_stand_in_the_order_of_the_samples(world: Any, make_l
     assert (batch.labels != -100).any(1).all()
 
 
+def test_int4_targets_are_read_as_stored_and_decoded_where_they_are(
+    own_world: Any, commit: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = own_world.config("teachers.depth.codec=int4", "teachers.depth.width=32")
+    target = commit(own_world, "depth", config.teachers["depth"])
+    snapshot = Snapshot.open(tmp_path / "run", config, Request("t", ("all",), ("depth",), "squash", False, 0.1))
+    _, processor = student.create(config)
+    found = Loader(snapshot, processor, ["depth"], 128, range(1), lambda _: [], 1).read(np.array([0, 5])).targets
+    assert (found["depth"].values.dtype, found["depth"].values.shape) == (torch.uint8, (2, 4, 16))
+    assert found["depth"].scales is not None
+    assert (found["depth"].scales.dtype, found["depth"].scales.shape) == (torch.float16, (2, 4, 1))
+    values, scales = target.read(target.commit(own_world.corpus().tars[0]).to_pylist()[0], "s00")
+    expected = codec.decode(torch.tensor(values), torch.tensor(scales), "int4")
+    assert expected.shape == (4, 32)
+    assert torch.equal(found["depth"].features()[0], expected)
+    assert not found["depth"].features()[1].any()  # no target
+
+
 def test_an_empty_share_is_an_empty_batch(world: Any, make_loader: Callable[..., Loader]) -> None:
     batch = make_loader(world).read(np.empty(0, np.int64))
     assert batch.keys == []
