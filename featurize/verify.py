@@ -29,6 +29,7 @@ class Finding:
     task: str
     tar: Tar | None
     what: str
+    recomputed: bool = False  # only computing the target again can tell
 
     def __str__(self) -> str:
         where = f"{self.data}, {self.task}"
@@ -143,7 +144,8 @@ def _recomputed(config: PipelineConfig, task: str, places: list[tuple[Job, Tar, 
             step = torch.from_numpy(scales[0])[:, None] if scales is not None else now.abs().max() * 2**-10
             off = float(((stored - now).abs() / step.clamp_min(1e-30)).max())
             if off > 1.01:
-                yield Finding(job.name, task, tar, f"sample {row['key']} is {off:.1f} quantization steps off")
+                what = f"sample {row['key']} is {off:.1f} quantization steps off"
+                yield Finding(job.name, task, tar, what, recomputed=True)
 
 
 def _decoded(values: Any, scales: Any, name: Any) -> torch.Tensor:
