@@ -51,11 +51,11 @@ def withdraw_damaged(config: PipelineConfig, recompute: int = 0) -> Iterator[tup
             continue
         place = finding.data, finding.task, finding.tar
         if place not in withdrawn:
-            withdrawn[place] = _withdraw(jobs[finding.data], finding, recomputed=recompute > 0)
+            withdrawn[place] = _withdraw(jobs[finding.data], finding)
         yield finding, withdrawn[place]
 
 
-def _withdraw(job: Job, finding: Finding, recomputed: bool) -> bool:
+def _withdraw(job: Job, finding: Finding) -> bool:
     """Remove a tar's commit, and the ones it superseded; unless another repair has made it good meanwhile."""
     task, tar = finding.task, finding.tar
     assert tar is not None
@@ -66,7 +66,7 @@ def _withdraw(job: Job, finding: Finding, recomputed: bool) -> bool:
         return False
     with lease:
         sweep(target.commit_file(tar))
-        if recomputed or any(verify_tar(replace(job, sets={task: target}), task, tar)):
+        if finding.recomputed or any(verify_tar(replace(job, sets={task: target}), task, tar)):
             shutil.rmtree(folder / "superseded" / tar.name, ignore_errors=True)
             target.commit_file(tar).unlink(missing_ok=True)
     return True
@@ -158,7 +158,7 @@ def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garb
             continue
         for path in sorted(leases.glob(f"{glob.escape(name)}.*")):
             if path.name.rpartition(".")[0] == name:
-                yield Garbage(path, "lease of a dead writer", path.stat().st_size)
+                yield Garbage(path, "lease of a dead writer", size(path))
         lease = None if dry_run else Lease.acquire(leases, name)
         if lease is None and not dry_run:
             continue  # somebody has just come

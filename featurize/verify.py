@@ -28,6 +28,7 @@ class Finding:
     task: str
     tar: Tar | None
     what: str
+    recomputed: bool = False  # only computing the target again can tell
 
     def __str__(self) -> str:
         where = f"{self.data}, {self.task}"
@@ -142,7 +143,8 @@ def _recomputed(config: PipelineConfig, task: str, places: list[tuple[Job, Tar, 
             step = codec.step(*now, name).clamp_min(1e-30)
             off = float(((stored - codec.decode(*now, name)).abs() / step).max())
             if off > 1.01:
-                yield Finding(job.name, task, tar, f"sample {row['key']} is {off:.1f} quantization steps off")
+                what = f"sample {row['key']} is {off:.1f} quantization steps off"
+                yield Finding(job.name, task, tar, what, recomputed=True)
 
 
 def _tensors(values: Any, scales: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -78,9 +78,11 @@ def run(command: str, root: Path, kill_at: int = 0, after: bool = False) -> int:
             count += inside
             if inside and count == kill_at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            real(*arguments, **more)
-            if inside and count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                real(*arguments, **more)
+            finally:
+                if inside and count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(owner, name, wrapped)
 

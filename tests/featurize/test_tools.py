@@ -11,6 +11,7 @@ from PIL import Image
 
 from featurize.__main__ import main
 from featurize.inspect import SIDE, pictures
+from featurize.lifecycle import withdraw_damaged
 from featurize.plan import plan
 from featurize.stage import open_jobs, run_pipeline
 from featurize.verify import verify
@@ -140,6 +141,8 @@ def test_verify_recomputes_what_was_tampered_with_consistently(world: Any, own: 
     lines = [str(finding) for finding in verify(world.config(own), recompute=3)]
     assert len(lines) == 3
     assert all("all, depth, tar" in line and "quantization steps off" in line for line in lines)
+    assert all(mended for _, mended in withdraw_damaged(world.config(own), recompute=10))
+    assert [target.commit(tar) for tar in job.corpus.tars] == [None, None]
 
 
 # ---- inspect
