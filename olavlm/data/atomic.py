@@ -91,5 +91,8 @@ def _written(path: Path, data: bytes) -> Iterator[Path]:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(folder)
