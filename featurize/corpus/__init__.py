@@ -37,5 +37,5 @@ def _matching(pattern: str) -> list[AnyPath]:
     """The tars a glob matches, on a disk or in an object store, sorted."""
     if "://" not in pattern:
         return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    fixed = pattern[: re.search(r"[*?[]|$", pattern).start()].rpartition("/")[0]
+    fixed = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
     return sorted(as_path(fixed).glob(pattern[len(fixed) + 1 :]), key=str)
