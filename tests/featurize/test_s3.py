@@ -59,7 +59,7 @@ def test_a_store_in_s3_of_a_corpus_in_s3_is_the_one_on_disk(
     assert objects(s3) == before
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_promise_3_once_killed_anywhere_in_s3_and_rerun_the_store_is_the_unbroken_one(
     world: Any, s3: Any, tmp_path: Path, objects: Any
 ) -> None:
