@@ -28,14 +28,14 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     pack.add_argument(
         "--images", type=Path, nargs="+", metavar="DIR", help="folders the JSON's image paths are relative to"
     )
-    pack.add_argument("--out", type=local_path, required=True, help="the corpus folder")
+    pack.add_argument("--out", required=True, help="the corpus folder")
     pack.add_argument("--samples-per-tar", type=_positive, default=1000, metavar="N")
     pack.add_argument("--workers", type=_positive, default=shared.cores(), metavar="N", help=_WORKERS)
     pack.set_defaults(command=_pack, parser=pack)
     tars = commands.add_parser("adopt", help=_ADOPT, description=_ADOPT)
-    tars.add_argument("tars", type=as_path, nargs="+", metavar="TAR", help="paths, or URLs like s3://bucket/0.tar")
-    tars.add_argument("--out", type=local_path, required=True, help="the corpus folder")
-    tars.add_argument("--workers", type=_positive, default=shared.cores(), metavar="N", help=_WORKERS)
+    tars.add_argument("tars", nargs="+", metavar="TAR", help="paths, or URLs like s3://bucket/0.tar")
+    tars.add_argument("--out", required=True, help="the corpus folder")
+    tars.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that decode")
     tars.set_defaults(command=_adopt)
 
 
@@ -73,17 +73,19 @@ def _pack(args: argparse.Namespace) -> None:
     if bool(args.llava_json) != bool(args.images):
         args.parser.error("--llava-json needs --images, and --captions goes without")
     common: dict[str, Any] = {"samples_per_tar": args.samples_per_tar, "workers": args.workers}
-    with progress_bar(f"packing {args.out}") as progress:
+    out = local_path(args.out)
+    with progress_bar(f"packing {out}") as progress:
         if args.llava_json:
-            report = pack_llava_json(args.llava_json, args.images, args.out, progress=progress, **common)
+            report = pack_llava_json(args.llava_json, args.images, out, progress=progress, **common)
         else:
-            report = pack_caption_folder(args.captions, args.out, progress=progress, **common)
+            report = pack_caption_folder(args.captions, out, progress=progress, **common)
     print_report(report)
 
 
 def _adopt(args: argparse.Namespace) -> None:
-    with progress_bar(f"adopting into {args.out}") as progress:
-        report = adopt(args.tars, args.out, progress, args.workers)
+    tars, out = [as_path(tar) for tar in args.tars], local_path(args.out)
+    with progress_bar(f"adopting into {out}") as progress:
+        report = adopt(tars, out, progress, args.workers)
     print_report(report)
 
 
