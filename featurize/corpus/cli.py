@@ -35,7 +35,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     tars = commands.add_parser("adopt", help=_ADOPT, description=_ADOPT)
     tars.add_argument("tars", nargs="+", metavar="TAR", help="paths, or URLs like s3://bucket/0.tar")
     tars.add_argument("--out", required=True, help="the corpus folder")
-    tars.add_argument("--threads", type=_positive, default=4, metavar="N", help="threads that decode")
+    tars.add_argument("--workers", type=_positive, default=shared.cores(), metavar="N", help=_WORKERS)
     tars.set_defaults(command=_adopt)
 
 
