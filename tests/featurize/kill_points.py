@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def run(command: str, root: Path, kill_at: int = 0, after: bool = False) -> int:
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    count = 0
+    count, lock = 0, threading.Lock()  # tars are written by several threads, and none may step over `kill_at`
 
     def counted(owner, name: str, is_inside) -> None:
         real = getattr(owner, name)
@@ -75,13 +76,15 @@ def run(command: str, root: Path, kill_at: int = 0, after: bool = False) -> int:
         def wrapped(*arguments, **more):
             nonlocal count
             inside = is_inside(*arguments, **more)
-            count += inside
-            if inside and count == kill_at and not after:
+            with lock:
+                count += inside
+                here = inside and count == kill_at
+            if here and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 real(*arguments, **more)
             finally:
-                if inside and count == kill_at:
+                if here:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(owner, name, wrapped)
