@@ -70,8 +70,8 @@ bench: setup  ## measured ratios: stored targets against teachers online, our fe
 codecs: setup  ## what storing targets in fewer bits costs, and what it does to a student
 	$(RUN) -m pipelines codecs $(ARGS)
 
-test: setup  ## the tests
-	$(RUN) -m pytest $(ARGS)
+test: setup  ## the tests, two files at a time
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup  ## ruff, mypy, import-linter
 	$(RUN) -m ruff check .

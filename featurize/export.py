@@ -51,6 +51,7 @@ def export(config: PipelineConfig, data: str, out: Path) -> Iterator[str]:
     _claim(out, {"corpus": job.corpus.id, "targets": {task: target.path.name for task, target in job.sets.items()}})
     with ThreadPoolExecutor(config.featurize.decode_threads, "export") as pool:
         todo = [tar for tar in job.corpus.tars if not (out / f"{tar.name}.tar").exists()]
+        _sweep_finished(out)
         futures = [pool.submit(_export_tar, job, tar, out) for tar in todo]
         try:
             for tar, future in track(list(zip(todo, futures, strict=True)), f"export {data}"):
@@ -59,6 +60,13 @@ def export(config: PipelineConfig, data: str, out: Path) -> Iterator[str]:
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _sweep_finished(out: Path) -> None:
+    """Remove what exports left that died right after a tar had its name; the others' go when their tar is written."""
+    for leftover in out.glob(".*.tar.*-*.tmp"):
+        if (out / f"{leftover.name[1:].rpartition('.tar.')[0]}.tar").exists():
+            leftover.unlink(missing_ok=True)
 
 
 def _claim(out: Path, content: dict[str, Any]) -> None:

@@ -160,9 +160,12 @@ class RayPool:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         address = os.environ.get("RAY_ADDRESS")
         if address:
+            host, _, port = address.rpartition(":")
             try:
+                if port.isdigit() and "/" not in host:  # Ray itself would look for somebody there for minutes
+                    socket.create_connection((host, int(port)), timeout=10).close()
                 self._ray.init(**quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there; another Ray or Python
+            except (OSError, RuntimeError, ValueError) as error:  # nobody there; another Ray or Python
                 raise OlaError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}") from None
             return
         self._own = _OwnFolder()

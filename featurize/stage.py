@@ -116,6 +116,8 @@ def run_pipeline(config: PipelineConfig, retry_failed: bool = False) -> dict[str
     start = time.monotonic()
     reports = list(_execute(config, identities, jobs, missing, console)) if missing else []
     seconds = time.monotonic() - start
+    for target in (target for job in jobs for target in job.sets.values()):
+        tidy(target)  # of workers that were lost in between
     if unusable := [f"{r.unit.data}/{r.unit.tar}: {r.error}" for r in reports if r.error]:
         more = f" | and {len(unusable) - 10} more" if len(unusable) > 10 else ""
         raise OlaError(f"{len(unusable)} tars could not be featurized: " + " | ".join(unusable[:10]) + more)

@@ -197,7 +197,7 @@ def in_order(
     context = get_context("forkserver")  # a plain fork would copy whatever lock a thread of this process holds
     context.set_forkserver_preload([__name__])
     running: deque[Future[list[Result]]] = deque()
-    with ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+    with ProcessPoolExecutor(workers, context, _begin_worker, (dict(os.environ),)) as pool:
         try:
             for chunk in chunks:
                 running.append(pool.submit(_each, function, chunk))
@@ -218,8 +218,12 @@ def _each(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]
     return [function(item) for item in chunk]
 
 
-def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot tell its workers to stop."""
+def _begin_worker(environment: dict[str, str]) -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it: a killed parent cannot tell its workers to stop.
+
+    The environment is the parent's of now (an object store's credentials), not that of when the server was started.
+    """
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
