@@ -78,7 +78,13 @@ def test_what_is_finished_is_left_alone_and_what_is_damaged_made_anew(
 def test_ctrl_c_ends_everything_and_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipelines", "teachers", "--quick", "--only", "depth", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Processes of xdist ignore it, and pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:
