@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,9 +25,11 @@ from transformers import (
     SwinConfig,
 )
 
+from featurize.__main__ import main
 from featurize.corpus.adopt import adopt
-from featurize.stage import run_pipeline
+from featurize.stage import Job, run_pipeline
 from featurize.teachers.unclip import UnClip
+from olavlm import cli
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data.corpus import Corpus
 
@@ -179,6 +183,43 @@ def stumbled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(UnClip, "encode", broken)
         run_pipeline(world.config(run))
     return run
+
+
+@pytest.fixture
+def own(unbroken: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may damage."""
+    return Path(shutil.copytree(unbroken / "targets", tmp_path / "run" / "targets")).parent
+
+
+@pytest.fixture
+def command(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run ``python -m featurize NAME PIPELINE [SET] run_dir=RUN …``; returns the exit code."""
+
+    def call(name: str, run: Path, *arguments: str) -> int:
+        first = [argument for argument in arguments[:1] if not argument.startswith("--")]
+        rest = arguments[len(first) :]
+        monkeypatch.setattr(sys, "argv", ["featurize", name, str(world.file), *first, f"run_dir={run}", *rest])
+        return cli.run(main)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def stored() -> Callable[[Job], dict[tuple[str, str, str, int], bytes]]:
+    """Every target's stored bytes, wherever they lie."""
+
+    def read(job: Job) -> dict[tuple[str, str, str, int], bytes]:
+        found = {}
+        for task, target in job.sets.items():
+            for tar in job.corpus.tars:
+                for row in target.commit(tar).to_pylist():
+                    if row["status"] == "ok":
+                        values, scales = target.read(row, row["key"])
+                        bytes_of = values.tobytes() + (b"" if scales is None else scales.tobytes())
+                        found[task, tar.name, row["key"], row["image_index"]] = bytes_of
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

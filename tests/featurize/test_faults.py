@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from featurize.corpus.adopt import adopt
-from featurize.stage import Job, failed_images, open_jobs, run_pipeline, status
+from featurize.stage import failed_images, open_jobs, run_pipeline, status
 from featurize.verify import verify
 from olavlm.data.corpus import Corpus
 from olavlm.errors import OlaError
@@ -77,19 +77,6 @@ def _holders(targets: Path) -> list[int]:
             found.append(int(lease.read_text().split()[1]))
         except (FileNotFoundError, IndexError):  # just given up
             continue
-    return found
-
-
-def _targets(job: Job) -> dict[tuple[str, str, str, int], bytes]:
-    """Every target's stored bytes, wherever they lie."""
-    found = {}
-    for task, target in job.sets.items():
-        for tar in job.corpus.tars:
-            for row in target.commit(tar).to_pylist():
-                if row["status"] == "ok":
-                    values, scales = target.read(row, row["key"])
-                    stored = values.tobytes() + (b"" if scales is None else scales.tobytes())
-                    found[task, tar.name, row["key"], row["image_index"]] = stored
     return found
 
 
@@ -178,7 +165,7 @@ def test_promise_2_atomic_a_disk_that_is_really_full(
 
 
 def test_promise_8_nothing_lost_poisoned_tars_nan_and_memory_that_comes_back(
-    world: Any, faults: Path, tmp_path: Path, tree: Tree
+    world: Any, faults: Path, tmp_path: Path, tree: Tree, stored: Any
 ) -> None:
     """One night with everything: what can be done is done, what cannot is named, and a retry makes it whole."""
     sources = {"good": world.folder / "0.tar", "cut": world.folder / "1.tar", "replaced": world.folder / "0.tar"}
@@ -215,4 +202,4 @@ def test_promise_8_nothing_lost_poisoned_tars_nan_and_memory_that_comes_back(
     assert summary["failed"] == 3  # the truncated images
     assert list(verify(config)) == []
     (job,), (whole,) = open_jobs(config), open_jobs(world.config(tmp_path / "whole", *overrides))
-    assert _targets(job) == _targets(whole)
+    assert stored(job) == stored(whole)

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from gc import collect
@@ -17,13 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from featurize.__main__ import main
 from featurize.export import export
 from featurize.lifecycle import gc
-from featurize.stage import Job, failed_images, open_jobs, status
+from featurize.stage import failed_images, open_jobs, status
 from featurize.teachers.base import Teacher
 from featurize.verify import verify
-from olavlm import cli
 from olavlm.data import codec
 from olavlm.data.commit import TarWriter
 from olavlm.data.lease import Lease
@@ -31,37 +28,6 @@ from olavlm.data.manifest import manifest_file
 from olavlm.errors import OlaError
 
 Tree = Callable[[Path], dict[str, bytes | None]]
-
-
-@pytest.fixture
-def own(unbroken: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unbroken / "targets", tmp_path / "run" / "targets")).parent
-
-
-@pytest.fixture
-def command(world: Any, monkeypatch: pytest.MonkeyPatch):
-    """Run ``python -m featurize NAME PIPELINE [SET] run_dir=RUN …``; returns the exit code."""
-
-    def call(name: str, run: Path, *arguments: str) -> int:
-        first = [argument for argument in arguments[:1] if not argument.startswith("--")]
-        rest = arguments[len(first) :]
-        monkeypatch.setattr(sys, "argv", ["featurize", name, str(world.file), *first, f"run_dir={run}", *rest])
-        return cli.run(main)
-
-    return call
-
-
-def _targets(job: Job) -> dict[tuple[str, str, str, int], bytes]:
-    """Every target's stored bytes, wherever they lie."""
-    found = {}
-    for task, target in job.sets.items():
-        for tar in job.corpus.tars:
-            for row in target.commit(tar).to_pylist():
-                if row["status"] == "ok":
-                    values, scales = target.read(row, row["key"])
-                    stored = values.tobytes() + (b"" if scales is None else scales.tobytes())
-                    found[task, tar.name, row["key"], row["image_index"]] = stored
-    return found
 
 
 # ---- run --retry-failed
@@ -75,6 +41,7 @@ def test_only_failed_images_are_computed_again_and_get_what_they_should_have_had
     command: Any,
     monkeypatch: pytest.MonkeyPatch,
     tree: Tree,
+    stored: Any,
 ) -> None:
     run = Path(shutil.copytree(stumbled / "targets", tmp_path / "run" / "targets")).parent
     (job,) = open_jobs(world.config(run))
@@ -89,7 +56,7 @@ def test_only_failed_images_are_computed_again_and_get_what_they_should_have_had
     assert status(job, "gen")["ok"] == 10
     (job,) = open_jobs(world.config(run))
     (whole,) = open_jobs(world.config(unbroken))
-    assert _targets(job) == _targets(whole)
+    assert stored(job) == stored(whole)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert list(verify(world.config(run))) == []
     before = tree(run / "targets")

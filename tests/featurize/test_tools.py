@@ -1,7 +1,5 @@
 """The commands around the store: plan, status, verify, inspect."""
 
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featurize.__main__ import main
 from featurize.inspect import SIDE, pictures
 from featurize.lifecycle import withdraw_damaged
 from featurize.plan import plan
 from featurize.stage import open_jobs, run_pipeline
 from featurize.verify import verify
-from olavlm import cli
 from olavlm.config import load_pipeline
 from olavlm.data.codec import encoded_bytes
 from olavlm.errors import OlaError
-
-
-@pytest.fixture
-def own(unbroken: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unbroken / "targets", tmp_path / "run" / "targets")).parent
-
-
-@pytest.fixture
-def command(world: Any, monkeypatch: pytest.MonkeyPatch):
-    """Run ``python -m featurize NAME PIPELINE run_dir=RUN …``; returns the exit code."""
-
-    def call(name: str, run: Path, *arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["featurize", name, str(world.file), f"run_dir={run}", *arguments])
-        return cli.run(main)
-
-    return call
-
 
 # ---- plan
 
