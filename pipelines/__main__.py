@@ -81,7 +81,7 @@ def main() -> int:
     codecs.add_argument("--seeds", type=int, default=5, help="students per codec (%(default)s)")
     codecs.add_argument("--scenes", type=int, default=384, help="that a student is trained on (%(default)s)")
     codecs.add_argument("--held-out", type=int, default=96, help="scenes it is judged on (%(default)s)")
-    codecs.add_argument("--steps", type=int, default=40, help="optimizer steps of a student (%(default)s)")
+    codecs.add_argument("--steps", type=int, default=96, help="optimizer steps of a student (%(default)s)")
     args = parser.parse_args()
 
     if args.command == "teachers":

@@ -156,7 +156,7 @@ hardly gets smaller.
 
 ## A student trained on them
 
-Demo world, {sizes.scenes} scenes, {sizes.steps} pretraining steps of 16, {seeds} seeds, judged on {sizes.held_out}
+Demo world, {sizes.scenes} scenes, {sizes.steps} pretraining steps of {sizes.batch}, {seeds} seeds, judged on {sizes.held_out}
 other scenes against the teachers' own fp32 features. *smooth-L1*, *cosine*: of the predictions, mean over the
 supervised layers. *Known*: what linear probes read of the objects from the language model's image tokens, mean over its
 layers: R² of the log-depth, accuracy of the class. Differences to the student of the same seed trained on fp32 targets,

@@ -47,7 +47,8 @@ class Sizes:
 
     scenes: int = 384
     held_out: int = 96
-    steps: int = 40
+    steps: int = 96
+    batch: int = 8
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def _config(folder: Path, sizes: Sizes) -> PipelineConfig:
     scenes = {"pretrain": sizes.scenes, "probe": sizes.held_out}
     own = folder / f"{sizes.scenes}-{sizes.held_out}"
     overrides = [f"data.{name}.source.scenes={count}" for name, count in scenes.items()]
+    overrides += [f"stages.pretrain.{key}={sizes.batch}" for key in ("global_batch", "micro_batch")]
     return load_pipeline("demo", [f"run_dir={own}", "eval=null", "data.finetune.source.scenes=32", *overrides])
 
 
