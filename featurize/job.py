@@ -135,6 +135,7 @@ class RayPool:
         return len(self._hands)
 
     def __enter__(self) -> Self:
+        _show_token()
         try:
             import ray
         except ImportError:
@@ -366,6 +367,18 @@ def _stamp(targets: AnyPath) -> tuple[int, int] | None:
     except FileNotFoundError:
         return -1, -1
     return found.st_ino, found.st_mtime_ns
+
+
+def _show_token() -> None:
+    """Make Ray, before it is imported, show its token to the cluster that RAY_ADDRESS names, if it has one.
+
+    A cluster begun where a token lies asks for it, but whoever joins shows his only when told to (Ray 2.60).
+    """
+    token = (
+        Path("~/.ray/auth_token").expanduser().exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    )
+    if token and "RAY_ADDRESS" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 class _OwnFolder:

@@ -1,7 +1,12 @@
 """The Ray job on a cluster of several nodes, all of them on this machine: losing them, and having too few."""
 
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +197,42 @@ def test_weights_are_those_of_where_the_job_was_started(
     monkeypatch.chdir(weights)
     relative = [f"teachers.{task}.weights={task}" for task in ("depth", "seg", "gen")]
     assert run_pipeline(world.config(tmp_path, "featurize.executor=ray", *relative))["computed_images"] == 12
+
+
+def test_a_cluster_guarded_by_a_token_is_joined(world: Any, tmp_path: Path) -> None:
+    """``ray start`` where a token lies, as any Ray of one's own leaves it, then the job beside it."""
+    pytest.importorskip("ray")
+    token = tmp_path / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("0" * 64)
+    unguarded = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment = {**unguarded, "HOME": str(tmp_path / "home"), "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    session = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie in it
+    start = ["-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
+    start += ["--include-dashboard=false", f"--temp-dir={session}"]
+    run = ["-m", "featurize", "run", str(world.file), f"run_dir={tmp_path}/run", "featurize.executor=ray"]
+    head = subprocess.Popen([sys.executable, *start], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        _until(lambda: _listens(port))
+        joined = {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        done = subprocess.run([sys.executable, *run], env=joined, capture_output=True, text=True)
+    finally:
+        head.terminate()
+        head.wait()
+        shutil.rmtree(session, ignore_errors=True)
+    assert done.returncode == 0, done.stderr
+    assert "12 images" in done.stdout
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_nobody_at_ray_address_is_one_clear_error(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
