@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections import Counter, deque
@@ -370,14 +371,13 @@ def _stamp(targets: AnyPath) -> tuple[int, int] | None:
 
 
 def _show_token() -> None:
-    """Make Ray, before it is imported, show its token to the cluster that RAY_ADDRESS names, if it has one.
+    """Make Ray, if it is not loaded yet, show its token to the cluster that RAY_ADDRESS names.
 
-    A cluster begun where a token lies asks for it, but whoever joins shows his only when told to (Ray 2.60).
+    ``ray start`` guards a cluster where a token lies, but whoever joins it shows his only when told to (Ray 2.60).
     """
-    token = (
-        Path("~/.ray/auth_token").expanduser().exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    )
-    if token and "RAY_ADDRESS" in os.environ:
+    there = Path("~/.ray/auth_token").expanduser().exists()
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if "RAY_ADDRESS" in os.environ and "ray" not in sys.modules and (there or given):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
