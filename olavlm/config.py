@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest known name; every message names the fi
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,14 @@ class DemoWorldSource(Section):
     samples_per_tar: Positive = 250
 
 
+class BenchmarkSource(Section):
+    """The images of a benchmark in CV-Bench's Parquet layout, each once: for students that are fed features of them."""
+
+    kind: Literal["benchmark"]
+    folder: str
+    samples_per_tar: Positive = 1000
+
+
 class PhotosSource(Section):
     """Photographs that installable packages carry (scikit-image, scikit-learn), with captions written for them."""
 
@@ -77,7 +86,7 @@ class PhotosSource(Section):
 
 
 Source = Annotated[
-    LlavaJsonSource | CaptionFolderSource | WebDatasetSource | DemoWorldSource | PhotosSource,
+    LlavaJsonSource | CaptionFolderSource | WebDatasetSource | DemoWorldSource | PhotosSource | BenchmarkSource,
     Field(discriminator="kind"),
 ]
 
@@ -114,14 +123,15 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """What the student is built from, and where in its language model each task is predicted."""
+    """What the student is built from, where in its language model each task is predicted, and what it is fed."""
 
     vision_tower: str
     language_model: str  # hub id or folder, or a GGUF file in one: folder/model.gguf
     vision_feature_layer: int = -2
     tasks: list[str] = ["gen", "depth", "seg"]  # order of the task tokens in the sequence
     task_tokens: Annotated[int, Field(ge=0)] = 8  # per task
-    layers: dict[str, list[Positive]]  # 1-based; num_hidden_layers means after the final norm
+    layers: dict[str, list[Positive]]  # 1-based; num_hidden_layers means after the final norm; of tasks only
+    encoders: list[str] = []  # teachers whose stored features the student is fed behind every image, in this order
     dims: dict[str, Positive] = {}  # inner width of a task's predictors; default: the published rule
     predictors_read_text: bool = True
     image_tokens: Positive | None = None  # stated where `plan` must work without weights
@@ -194,6 +204,7 @@ class EvalConfig(Section):
     cv_bench: str  # folder with test_2d.parquet and test_3d.parquet
     scenes: Positive | None = None  # demo world: rendered into that folder if it is not there
     level: Literal["easy", "hard"] = "easy"  # of those scenes
+    data: str | None = None  # with the benchmark's images and their targets, for students with encoders
     student: str = "finetune"
     batch: Positive = 16
     max_new_tokens: Positive = 128
@@ -243,14 +254,19 @@ class PipelineConfig(Section):
         if "://" in self.run_dir:
             raise ValueError(f"run_dir: expected a local folder, found {self.run_dir!r}")
         for task in self.student.layers:
-            known("student.layers", task, self.student.tasks)
+            known("student.layers", task, self.teachers)
+        for encoder in self.student.encoders:
+            known("student.encoders", encoder, self.teachers)
+        if len(set(self.student.encoders)) != len(self.student.encoders):
+            raise ValueError(f"student.encoders: {', '.join(self.student.encoders)} names a teacher twice")
+        predicted = [task for task in self.student.tasks if task in self.student.layers]
         for name, stage in self.stages.items():
             for data in stage.data:
                 known(f"stages.{name}.data", data, self.data)
             for data in stage.weights:
                 known(f"stages.{name}.weights", data, stage.data)
             for task in stage.losses:
-                known(f"stages.{name}.losses", task, self.student.layers)
+                known(f"stages.{name}.losses", task, predicted)
             if stage.lora and "language_model" not in stage.trainable:
                 raise ValueError(f"stages.{name}.lora: needs language_model among stages.{name}.trainable")
             if stage.lora and stage.fully_shard:
@@ -263,11 +279,28 @@ class PipelineConfig(Section):
                 for data in stage.data:
                     if self.data[data].targets is None:
                         raise ValueError(f"data.{data}.targets: stage {name} has embedding losses and needs a store")
+            self._check_fed(f"stages.{name}.data", stage.data)
         if self.probe:
             known("probe.data", self.probe.data, self.data)
             for task in self.probe.tasks:
                 known("probe.tasks", task, self.teachers)
+            self._check_fed("probe.data", [self.probe.data])
+        if self.eval:
+            if self.eval.data is not None:
+                known("eval.data", self.eval.data, self.data)
+            self._check_fed("eval.data", [self.eval.data])
         return self
+
+    def _check_fed(self, key: str, names: Sequence[str | None]) -> None:
+        """Raise if a student that is fed features would be given images of data without a store."""
+        encoders = ", ".join(self.student.encoders)
+        for name in names if encoders else ():
+            if name is None:
+                raise ValueError(f"{key}: missing; the student is fed features ({encoders}) of these images, too")
+            if self.data[name].targets is None:
+                raise ValueError(
+                    f"data.{name}.targets: {key} is fed to student.encoders ({encoders}) and needs a store"
+                )
 
 
 def load_pipeline(pipeline: str, overrides: list[str] | None = None) -> PipelineConfig:

@@ -1,5 +1,6 @@
 """The corpus stage: every corpus of a pipeline, and the demo world's benchmark."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from featurize.corpus import build as build_from_source
 from featurize.corpus.cli import print_report, progress_bar
 from featurize.corpus.pack import pack_llava_json
 from olavlm import runs
-from olavlm.config import DataConfig, DemoWorldSource, PhotosSource, PipelineConfig
-from olavlm.data.corpus import Corpus
+from olavlm.config import BenchmarkSource, DataConfig, DemoWorldSource, PhotosSource, PipelineConfig
+from olavlm.data.corpus import Corpus, content_hash
 from olavlm.data.objects import as_path, local_path
 from olavlm.errors import OlaError
+from olavlm.eval import cv_bench
 from pipelines.demo_world.build import build_benchmark, build_split
 from pipelines.photos.photos import write_llava_json
 
 
 def build(config: PipelineConfig) -> None:
-    """Render, pack or adopt what is not there yet; ``corpus/summary.json`` tells what every corpus holds.
+    """Render, pack or adopt what is not there yet, the benchmark first; ``corpus/summary.json`` tells what is there.
 
     Raises:
         OlaError: a corpus without a `source` that is not there either.
@@ -28,6 +30,8 @@ def build(config: PipelineConfig) -> None:
     folder = runs.stage_dir(config, "corpus")
     if runs.begin(folder, runs.depends_on(config, "corpus")):
         return
+    if config.eval and config.eval.scenes and not (Path(config.eval.cv_bench) / "baselines.json").exists():
+        build_benchmark(config.eval.scenes, Path(config.eval.cv_bench), config.seed, level=config.eval.level)
     summary: dict[str, dict[str, Any]] = {}
     for name, data in config.data.items():
         _build_one(name, data, config.seed)
@@ -39,8 +43,6 @@ def build(config: PipelineConfig) -> None:
             "images": sum(tar.images for tar in corpus.tars),
             "bytes": sum(tar.bytes for tar in corpus.tars),
         }
-    if config.eval and config.eval.scenes and not (Path(config.eval.cv_bench) / "baselines.json").exists():
-        build_benchmark(config.eval.scenes, Path(config.eval.cv_bench), config.seed, level=config.eval.level)
     table = Table("corpus", "tars", "samples", "images", "MB", title=None)
     for name, row in summary.items():
         table.add_row(name, *(f"{row[k]:,}" for k in ("tars", "samples", "images")), f"{row['bytes'] / 1e6:.1f}")
@@ -49,16 +51,22 @@ def build(config: PipelineConfig) -> None:
 
 
 def _build_one(name: str, data: DataConfig, seed: int) -> None:
-    """One corpus from its source; the worlds that ship with the repository are written as LLaVA JSON and packed."""
+    """One corpus from its source; what is no file of LLaVA's or WebDataset's is written as LLaVA JSON and packed."""
     source = data.source
     if source is None:
         if not (as_path(data.corpus) / "corpus.json").exists():
             raise OlaError(f"data.{name}.corpus: no corpus in {data.corpus} and no source to make it from")
         return
     out = local_path(data.corpus)
-    if isinstance(source, DemoWorldSource | PhotosSource):
+    if isinstance(source, DemoWorldSource | PhotosSource | BenchmarkSource):
         raw = out.with_name(out.name + ".images")
-        json_file = write_llava_json(raw) if isinstance(source, PhotosSource) else _render(name, source, raw, seed)
+        match source:
+            case DemoWorldSource():
+                json_file = _render(name, source, raw, seed)
+            case PhotosSource():
+                json_file = write_llava_json(raw)
+            case BenchmarkSource():
+                json_file = _write_benchmark_images(source.folder, raw)
         with progress_bar(f"packing {name}") as progress:
             report = pack_llava_json(json_file, [raw], out, source.samples_per_tar, progress)
         shutil.rmtree(raw)
@@ -66,6 +74,30 @@ def _build_one(name: str, data: DataConfig, seed: int) -> None:
         with progress_bar(f"corpus {name}") as progress:
             report = build_from_source(source, out, progress)
     print_report(report)
+
+
+def _write_benchmark_images(folder: str, out: Path) -> Path:
+    """The images of a benchmark as LLaVA JSON, each once, called by its hash; the text names the questions about it.
+
+    No question and no answer is in it: a benchmark is nothing to train on.
+    """
+    questions: dict[str, list[str]] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for question in cv_bench.load(folder):
+        key = content_hash(question.image)
+        (out / key).write_bytes(question.image)
+        questions.setdefault(key, []).append(question.id)
+    rows = [
+        {
+            "id": key,
+            "image": key,
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " ".join(ids)}],
+        }
+        for key, ids in questions.items()
+    ]
+    file = out / "benchmark.json"
+    file.write_text(json.dumps(rows))
+    return file
 
 
 def _render(name: str, source: DemoWorldSource, out: Path, seed: int) -> Path:

@@ -15,12 +15,16 @@ from transformers.utils.logging import disable_progress_bar
 from olavlm import runs
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
+from olavlm.data.corpus import Corpus
+from olavlm.data.targets import TargetStore
 from olavlm.errors import OlaError
 from olavlm.eval import cv_bench
 from olavlm.eval.answers import PARSER_VERSION, parse_choice
 from olavlm.eval.cv_bench import Question
+from olavlm.eval.features import ImageFeatures
 from olavlm.eval.generate import Request, generate_replies
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
+from pipelines.results import read_json
 
 
 def evaluate(config: PipelineConfig) -> None:
@@ -30,7 +34,8 @@ def evaluate(config: PipelineConfig) -> None:
     benchmark's order, each raw reply with what was read from it.
 
     Raises:
-        OlaError: the pipeline has no `eval` section, the student is not trained, the benchmark is not there.
+        OlaError: the pipeline has no `eval` section, the student is not trained, the benchmark is not there, or not the
+            features of its images that the student is fed.
     """
     if config.eval is None:
         raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench: a folder")
@@ -40,6 +45,7 @@ def evaluate(config: PipelineConfig) -> None:
         return
     questions = cv_bench.load(config.eval.cv_bench, config.eval.limit)
     model, processor = _load_student(config, config.eval.student)
+    features = _features(config, model) if model.config.encoders else None
     requests = [Request(q.id, cv_bench.build_prompt(q.prompt), q.image, _facts(q)) for q in questions]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
@@ -51,6 +57,7 @@ def evaluate(config: PipelineConfig) -> None:
             folder / "replies.jsonl",
             batch=config.eval.batch,
             max_new_tokens=config.eval.max_new_tokens,
+            features=features,
             progress=lambda replies: bar.advance(task, replies),
         )
     for question, line in zip(questions, lines, strict=True):
@@ -108,6 +115,30 @@ def _load_student(config: PipelineConfig, stage: str) -> tuple[OlaVlmForConditio
     model: Any = OlaVlmForConditionalGeneration.from_pretrained(folder, dtype="auto")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device), OlaVlmProcessor.from_pretrained(folder)
+
+
+def _features(config: PipelineConfig, model: OlaVlmForConditionalGeneration) -> ImageFeatures:
+    """The stored features of the benchmark's images, by the very teachers that the student was trained with."""
+    assert config.eval is not None
+    encoders = [encoder.name for encoder in model.config.encoder_configs]
+    if config.eval.data is None or encoders != config.student.encoders:
+        raise OlaError(
+            f"eval.student: {config.eval.student!r} is fed features ({', '.join(encoders)}); expected the same as "
+            "student.encoders, and eval.data with those of the benchmark's images"
+        )
+    data = config.data[config.eval.data]
+    corpus = Corpus.open(data.corpus)
+    store = TargetStore.open(str(data.targets), corpus.id)
+    sets = {encoder: store.find(encoder, config.teachers[encoder]) for encoder in encoders}
+    pinned = read_json(runs.stage_dir(config, config.eval.student) / "snapshot.json")
+    for name, trained in pinned.get("data", {}).items():
+        for encoder, target in sets.items():
+            if trained["targets"][encoder] != target.path.name:
+                raise OlaError(
+                    f"{target.path}: not the {encoder} teacher that {config.eval.student} was trained with, "
+                    f"data.{name}.targets has {trained['targets'][encoder]}"
+                )
+    return ImageFeatures(corpus, sets)
 
 
 def _baselines(folder: Path, questions: list[Question]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """``--dry-run``: what a stage would do, from whatever is there; works without weights, corpus and targets."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -42,9 +43,9 @@ def plan(config: PipelineConfig, name: str) -> None:
         table.add_row("optimizer steps", f"{steps:,} ({stage.epochs:g} epochs)")
         table.add_row("checkpoints", f"every {stage.checkpoint_every:,} steps, the last {stage.keep} kept")
     tasks = [task for task, weight in stage.losses.items() if weight]
-    used = {task: config.teachers[task] for task in tasks}
+    used = {task: config.teachers[task] for task in (*tasks, *config.student.encoders)}
     per_image = {task: encoded_bytes(t.tokens, t.width, t.codec) for task, t in used.items()}
-    if tasks:
+    if used:
         each = ", ".join(f"{task} {human_bytes(count)}" for task, count in per_image.items())
         table.add_row("targets per image", f"{human_bytes(sum(per_image.values()))} ({each})")
         table.add_row("targets per step", human_bytes(stage.global_batch * sum(per_image.values())))
@@ -131,7 +132,7 @@ def _skeleton(config: PipelineConfig, stage: StageConfig) -> OlaVlmForConditiona
                 return f"student.{part}: no configuration of {source} can be read on this machine"
         vision, text = getattr(parts[0], "vision_config", parts[0]), parts[1]
         counts = {task["name"]: task["task_tokens"] for task in student.tasks(config)}
-        ids = iter(range(text.vocab_size + 1, text.vocab_size + 1 + sum(counts.values())))
+        ids = itertools.count(text.vocab_size + 1)
         built = OlaVlmConfig(
             vision_config=vision,
             text_config=text,
@@ -139,6 +140,8 @@ def _skeleton(config: PipelineConfig, stage: StageConfig) -> OlaVlmForConditiona
             **image_tokens(vision),
             tasks=student.tasks(config),
             task_token_ids={task: [next(ids) for _ in range(count)] for task, count in counts.items()},
+            encoders=student.encoders(config),
+            encoder_token_ids={encoder: next(ids) for encoder in config.student.encoders},
         )
     with torch.device("meta"):
         return OlaVlmForConditionalGeneration(built)

@@ -29,7 +29,7 @@ from train.distributed import World
 from train.loader import Loader, MicroBatch
 from train.order import Ints, Order, permute
 from train.snapshot import Request, Snapshot
-from train.step import learning_rate
+from train.step import fed_features, learning_rate
 
 #: Smooth-L1 only, as published; warm-up as in the stages.
 _WARMUP = 0.03
@@ -56,7 +56,8 @@ def probe(config: PipelineConfig) -> None:
         Console().print(f"probe: finished already, see {folder / 'done.json'}")
         return
     allow, missing = settings.allow_view_mismatch, settings.max_missing
-    request = Request("probe", (settings.data,), tuple(settings.tasks), settings.view, allow, missing)
+    tasks, encoders = tuple(settings.tasks), tuple(config.student.encoders)
+    request = Request("probe", (settings.data,), tasks, settings.view, allow, missing, encoders)
     snapshot = Snapshot.open(folder, config, request)
     train, held_out = split(sum(snapshot.sizes), settings.held_out, config.seed)
     file = folder / "probe.json"
@@ -105,11 +106,10 @@ def _probe_student(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     means = {task: _Mean() for task in settings.tasks}
 
+    read = list(snapshot.tasks)
     order = Order((len(train),), (len(train),), config.seed, settings.batch)
     steps = range(settings.steps)
-    loader = Loader(
-        snapshot, processor, settings.tasks, settings.max_length, steps, lambda s: [train[order.batch(s)]], _THREADS
-    )
+    loader = Loader(snapshot, processor, read, settings.max_length, steps, lambda s: [train[order.batch(s)]], _THREADS)
     with closing(iter(loader)) as fetched:
         for step, (batch,) in zip(track(steps, f"probe {name}"), fetched, strict=True):
             batch = batch.each(lambda t: t.to(device))
@@ -126,9 +126,7 @@ def _probe_student(
                 mean.add(batch.targets[task].features()[batch.targets[task].valid])
 
     chunks = [held_out[i : i + settings.batch] for i in range(0, len(held_out), settings.batch)]
-    loader = Loader(
-        snapshot, processor, settings.tasks, settings.max_length, range(len(chunks)), lambda s: [chunks[s]], _THREADS
-    )
+    loader = Loader(snapshot, processor, read, settings.max_length, range(len(chunks)), lambda s: [chunks[s]], _THREADS)
     found: dict[str, dict[str, _Mean]] = {task: {str(layer): _Mean() for layer in layers} for task in settings.tasks}
     floor = {task: _Mean() for task in settings.tasks}
     with torch.no_grad(), closing(iter(loader)) as fetched:
@@ -137,7 +135,8 @@ def _probe_student(
             for task, layer, prediction in _predict(model, predictors, batch, config):
                 of_task = batch.targets[task]
                 found[task][layer].add(cosine(prediction, of_task.features())[of_task.valid])
-            for task, of_task in batch.targets.items():
+            for task in settings.tasks:
+                of_task = batch.targets[task]
                 targets = of_task.features()[of_task.valid]
                 floor[task].add(cosine(means[task].value().expand_as(targets), targets))
     cosines = {task: {layer: float(mean.value()) for layer, mean in of.items()} for task, of in found.items()}
@@ -166,14 +165,18 @@ def _predict(
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Every predictor's output as (task, layer, (n, queries, width)), after one forward pass of the frozen student.
 
-    Predictors read the image and, as the pipeline says, the text; task tokens are in the sequence but not among their
-    keys, so that students with and without them are probed at the same places.
+    Predictors read the image and, as the pipeline says, the text; task tokens and features that are fed are in the
+    sequence but not among their keys, so that students with and without them are probed at the same places.
     """
     layers = {int(layer) for of_task in predictors.values() for layer in of_task}
     with torch.no_grad(), model.capture(layers) as hidden:
         pixel_values = batch.pixel_values.to(model.dtype) if len(batch.pixel_values) else None
         model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=pixel_values, logits_to_keep=1
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=pixel_values,
+            encoder_features=fed_features(model, batch.targets),
+            logits_to_keep=1,
         )
     layout = find_images(batch.input_ids, model.config)
     keys = layout.key_mask(batch.attention_mask, None, config.student.predictors_read_text)

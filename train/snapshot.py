@@ -37,6 +37,8 @@ LEFT_OUT_SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
+Rows = np.ndarray[Any, np.dtype[np.bool_]]  # of a tar's index, one bool each
+
 #: Tars whose index and commits are kept in memory, about 1 MB each.
 _TABLES = 1024
 
@@ -47,10 +49,18 @@ class Request:
 
     stage: str
     data: tuple[str, ...]
-    tasks: tuple[str, ...]  # tasks whose targets are needed
+    tasks: tuple[str, ...]  # whose targets are learned: an image may lack them
     view: View
     allow_view_mismatch: bool = False
     max_missing: float = 0.01
+    encoders: tuple[
+        str, ...
+    ] = ()  # whose targets the student is fed: a sample with an image that lacks one is left out
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Everything whose targets are read, once."""
+        return tuple(dict.fromkeys((*self.tasks, *self.encoders)))
 
 
 @dataclass(frozen=True)
@@ -91,16 +101,31 @@ class _PinnedTar:
 
 
 class _Table:
-    """A tar's index joined with its commits, and the rows of its usable samples."""
+    """A tar's index joined with its commits, and the rows of its usable samples.
 
-    def __init__(self, index: pa.Table, commits: dict[str, pa.Table]):
+    Those are the samples whose images can all be decoded, and all have the features that the student is fed.
+    """
+
+    def __init__(self, index: pa.Table, commits: dict[str, pa.Table], encoders: tuple[str, ...]):
         self.index, self.commits = index, commits
         keys = index["key"].to_numpy()
         starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else np.empty(0, np.int64)
         ends = np.append(starts[1:], len(keys))
         self.undecodable = index["error"].is_valid().to_numpy()
-        usable = ~np.array([self.undecodable[a:b].any() for a, b in zip(starts, ends, strict=True)], bool)
+        unusable = self.undecodable.copy()
+        for task in encoders:
+            unusable |= self.lacks(task)
+        usable = ~np.array([unusable[a:b].any() for a, b in zip(starts, ends, strict=True)], bool)
         self.starts, self.ends = starts[usable], ends[usable]
+
+    def lacks(self, task: str) -> Rows:
+        """Which rows are images without a target of `task`."""
+        has_image: Rows = self.index["image_index"].to_numpy() >= 0
+        commit = self.commits.get(task)
+        if commit is None:
+            return has_image
+        missing: Rows = has_image & (commit["status"].to_numpy() != "ok")
+        return missing
 
     def group_keys(self) -> Ints:
         """images · 2³² + characters of every usable sample."""
@@ -126,7 +151,11 @@ class _Table:
 
 
 class Snapshot:
-    """The pinned data of a run; samples are numbered through, data set after data set, tar after tar."""
+    """The pinned data of a run; samples are numbered through, data set after data set, tar after tar.
+
+    Attributes:
+        tasks: whose targets its images have.
+    """
 
     def __init__(
         self,
@@ -134,8 +163,10 @@ class Snapshot:
         targets: dict[str, dict[str, TargetSet]],
         pinned: dict[str, list[_PinnedTar]],
         group_keys: Ints,
+        request: Request,
     ):
         self.corpora, self.targets, self._pinned, self.group_keys = corpora, targets, pinned, group_keys
+        self.tasks, self._encoders = request.read, request.encoders
         self._flat = [(name, tar) for name, tars in pinned.items() for tar in tars]
         self._starts = np.cumsum([0, *(tar.samples for _, tar in self._flat)])
         self._tables: OrderedDict[int, _Table] = OrderedDict()
@@ -159,7 +190,7 @@ class Snapshot:
             if table:
                 self._tables.move_to_end(t)
         if table is None:
-            table = _load(self.corpora[name], self.targets[name], pinned)
+            table = _load(self.corpora[name], self.targets[name], pinned, self._encoders)
             with self._lock:
                 self._tables[t] = table
                 if len(self._tables) > _TABLES:
@@ -185,28 +216,36 @@ class Snapshot:
                 then = saved[name]["corpus_id"]
                 raise OlaError(f"{file}: pinned corpus {then}, data.{name}.corpus is now {corpus.id}")
             _check(file, corpus, targets[name], pinned[name])
-        return cls(corpora, targets, pinned, np.load(folder / "group_keys.npy", mmap_mode="r"))
+        group_keys = np.load(folder / "group_keys.npy", mmap_mode="r")
+        return cls(corpora, targets, pinned, group_keys, request)
 
 
 def find_data(config: PipelineConfig, request: Request) -> tuple[dict[str, Corpus], dict[str, dict[str, TargetSet]]]:
     """The corpora asked for, and every task's target set of each, by data name; nothing is written.
 
     Raises:
-        OlaError: one is missing, or of another corpus, teacher or view than the pipeline states (promise 7).
+        OlaError: one is missing, or of another corpus, teacher or view than the pipeline states, or one task's are of
+            several teachers (promise 7).
     """
     corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}
-    return corpora, {name: _find_targets(config, request, name, corpus) for name, corpus in corpora.items()}
+    targets = {name: _find_targets(config, request, name, corpus) for name, corpus in corpora.items()}
+    for task in request.read:
+        sets = {name: of_task[task].path.name for name, of_task in targets.items()}
+        if len({*sets.values()}) > 1:
+            found = ", ".join(f"data.{name}.targets has {folder}" for name, folder in sets.items())
+            raise OlaError(f"{request.stage}: the {task} targets are not of one teacher: {found}")
+    return corpora, targets
 
 
 def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: Corpus) -> dict[str, TargetSet]:
     """The target set of every task asked for, refused if it is not what the pipeline states (promise 7)."""
-    if not request.tasks:
+    if not request.read:
         return {}
     path = config.data[name].targets
     if path is None:
-        raise OlaError(f"data.{name}.targets: missing, and {request.stage} needs targets of {', '.join(request.tasks)}")
+        raise OlaError(f"data.{name}.targets: missing, and {request.stage} needs targets of {', '.join(request.read)}")
     store = TargetStore.open(path, corpus.id)
-    found = {task: store.find(task, config.teachers[task]) for task in request.tasks}
+    found = {task: store.find(task, config.teachers[task]) for task in request.read}
     for task, target in found.items():
         if target.identity.view != request.view and not request.allow_view_mismatch:
             raise OlaError(
@@ -228,8 +267,8 @@ def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: di
         for tar in corpus.tars:
             files = {task: target.commit_file(tar) for task, target in targets[name].items()}
             commits = {task: content_hash(file.read_bytes()) for task, file in files.items() if file.exists()}
-            table = _load(corpus, targets[name], _PinnedTar(tar.name, tar.hash, 0, commits))
-            left_out += ({"data": name, "tar": tar.name, **row} for row in _missing(table, request.tasks))
+            table = _load(corpus, targets[name], _PinnedTar(tar.name, tar.hash, 0, commits), request.encoders)
+            left_out += ({"data": name, "tar": tar.name, **row} for row in _missing(table, request.read))
             images += tar.images
             group_keys.append(table.group_keys())
             tars.append(asdict(_PinnedTar(tar.name, tar.hash, len(table.starts), commits)))
@@ -241,32 +280,34 @@ def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: di
             "tars": tars,
         }
         if not data[name]["samples"]:
+            _refuse_if_too_many(request, left_out, images)
             raise OlaError(f"data.{name}.corpus: {corpus.path} holds no sample that {request.stage} could train on")
     _refuse_if_too_many(request, left_out, images)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "group_keys.npy", np.concatenate(group_keys))
     pq.write_table(pa.Table.from_pylist(left_out, LEFT_OUT_SCHEMA), folder / "left_out.parquet")
     counts = {str(key): count for key, count in _count(left_out).items()}
-    content = {"tasks": request.tasks, "view": request.view, "images": images, "left_out": counts, "data": data}
+    asked = {"tasks": request.tasks, "encoders": request.encoders, "view": request.view}
+    content = {**asked, "images": images, "left_out": counts, "data": data}
     replace(folder / "snapshot.json", json.dumps(content, indent=1).encode())
 
 
 def _missing(table: _Table, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows for left_out.parquet: undecodable images, and images of usable samples without a task's target."""
+    """Rows for left_out.parquet: undecodable images, and images of decodable samples without a task's target."""
     keys, numbers, errors = (table.index[c].to_pylist() for c in ("key", "image_index", "error"))
     rows = [
         {"key": keys[i], "image_index": numbers[i], "task": None, "reason": errors[i]}
         for i in np.flatnonzero(table.undecodable)
     ]
-    usable = [i for a, b in zip(table.starts, table.ends, strict=True) for i in range(a, b) if numbers[i] >= 0]
+    left_out = {keys[i] for i in np.flatnonzero(table.undecodable)}
     for task in tasks:
         commit = table.commits.get(task)
         status = commit["status"].to_pylist() if commit else ["missing"] * len(keys)
         reasons = commit["reason"].to_pylist() if commit else ["its tar is not featurized"] * len(keys)
         rows += [
             {"key": keys[i], "image_index": numbers[i], "task": task, "reason": reasons[i] or status[i]}
-            for i in usable
-            if status[i] != "ok"
+            for i in np.flatnonzero(table.lacks(task))
+            if keys[i] not in left_out
         ]
     return rows
 
@@ -322,7 +363,7 @@ def _unusable(target: TargetSet, tar: Tar, digest: str) -> OlaError:
     )
 
 
-def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar) -> _Table:
+def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar, encoders: tuple[str, ...]) -> _Table:
     """A tar's index and pinned commits, which must agree row by row on key, image index and image hash (promise 1)."""
     tar = corpus.tar(pinned.name)
     index = corpus.index(tar)
@@ -336,7 +377,7 @@ def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar) -> 
                 f"{targets[task].commit_file(tar)}: not of the images in {corpus.path}, tar {tar.name}: {wrong}"
             )
         commits[task] = commit
-    return _Table(index, commits)
+    return _Table(index, commits, encoders)
 
 
 def _difference(index: pa.Table, commit: pa.Table) -> str | None:

@@ -58,7 +58,7 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     weights = {task: weight for task, weight in stage.losses.items() if weight}
-    wanted = request(name, stage, tuple(weights))
+    wanted = request(name, stage, tuple(weights), tuple(config.student.encoders))
     find_data(
         config, wanted
     )  # a wrong path is told before a large model is loaded, and both before anything is written
@@ -81,7 +81,7 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
     loader = Loader(
         snapshot,
         processor,
-        list(weights),
+        list(snapshot.tasks),
         stage.max_length,
         range(done, steps),
         share=lambda step: rank_share(order.batch(step), stage.micro_batch, world.rank, world.size),
@@ -138,9 +138,9 @@ def _loop(
                 raise KeyboardInterrupt
 
 
-def request(name: str, stage: StageConfig, tasks: tuple[str, ...]) -> Request:
-    """What a stage asks of its data."""
-    return Request(name, tuple(stage.data), tasks, stage.view, stage.allow_view_mismatch, stage.max_missing)
+def request(name: str, stage: StageConfig, tasks: tuple[str, ...], encoders: tuple[str, ...] = ()) -> Request:
+    """What a stage asks of its data: targets to learn, and targets that the student is fed."""
+    return Request(name, tuple(stage.data), tasks, stage.view, stage.allow_view_mismatch, stage.max_missing, encoders)
 
 
 def open_snapshot(folder: Path, config: PipelineConfig, request: Request, world: World) -> Snapshot:

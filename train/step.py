@@ -80,6 +80,7 @@ def accumulate(
                 attention_mask=batch.attention_mask,
                 pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
                 predict=bool(objective.weights),
+                encoder_features=fed_features(model, found),
                 use_cache=False,
             )
         text = next_token_loss(out.logits, batch.labels, whole.tokens)
@@ -101,6 +102,11 @@ def accumulate(
             totals[name] += term.detach()
         losses.append(loss.detach())
     return totals, losses
+
+
+def fed_features(model: OlaVlmForConditionalGeneration, targets: dict[str, Targets]) -> dict[str, Tensor]:
+    """What a micro-batch's student is fed: encoder → (n, tokens, width) float32; {} for a student without encoders."""
+    return {encoder.name: targets[encoder.name].features() for encoder in model.config.encoder_configs}
 
 
 def _take_part(model: OlaVlmForConditionalGeneration, world: World) -> None:

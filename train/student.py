@@ -48,6 +48,12 @@ def tasks(config: PipelineConfig) -> list[dict[str, Any]]:
     ]
 
 
+def encoders(config: PipelineConfig) -> list[dict[str, Any]]:
+    """The teachers whose features the student is fed, in sequence order, in the shapes of their targets."""
+    fed = {name: config.teachers[name] for name in config.student.encoders}
+    return [{"name": name, "tokens": teacher.tokens, "width": teacher.width} for name, teacher in fed.items()]
+
+
 def create(config: PipelineConfig, dtype: torch.dtype = torch.float32) -> Student:
     """A student as it is before any training; its new parts depend on the pipeline's seed only."""
     student = config.student
@@ -55,6 +61,7 @@ def create(config: PipelineConfig, dtype: torch.dtype = torch.float32) -> Studen
         student.vision_tower,
         student.language_model,
         tasks(config),
+        encoders=encoders(config),
         vision_feature_layer=student.vision_feature_layer,
         predictors_read_text=student.predictors_read_text,
         seed=config.seed,
@@ -90,7 +97,8 @@ def start(config: PipelineConfig, stage: str) -> Student:
     """The student that a stage starts from (``stages.<stage>.init``), in the stage's dtype.
 
     Raises:
-        OlaError: the stage to start from has not finished, or its model lacks what this one's losses need.
+        OlaError: the stage to start from has not finished, its model lacks what this one's losses need, or is fed other
+            features.
     """
     settings = stage_config(config, stage)
     dtype = DTYPES.get(settings.dtype)
@@ -107,6 +115,8 @@ def start(config: PipelineConfig, stage: str) -> Student:
         folder = Path(settings.init)
     model, processor = load(folder, dtype)
     _check_tasks(config, stage, folder, model)
+    if model.config.encoders != encoders(config):
+        raise OlaError(f"student.encoders: {encoders(config)}; the student in {folder} is fed {model.config.encoders}")
     return model, processor
 
 

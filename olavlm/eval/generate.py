@@ -11,6 +11,7 @@ import torch
 
 from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
+from olavlm.eval.features import ImageFeatures
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 
 
@@ -32,6 +33,7 @@ def generate_replies(
     *,
     batch: int,
     max_new_tokens: int,
+    features: ImageFeatures | None = None,
     progress: Callable[[int], None] = lambda replies: None,
 ) -> list[dict[str, Any]]:
     """Ask everything that `file` has no reply to yet; every batch is appended to it as soon as it is there.
@@ -46,20 +48,23 @@ def generate_replies(
         file: JSON lines ``{"id", "prompt", "reply", **facts}``; a torn last line, left by a kill, is dropped.
         batch: requests per forward pass; padded on the left.
         max_new_tokens: most tokens per reply.
+        features: of the requests' images, for a student with encoders.
         progress: told how many replies have come or were there already.
 
     Returns:
         One line per request, in their order.
 
     Raises:
-        OlaError: `file` is broken or holds a reply to another prompt; an image cannot be decoded.
+        OlaError: `file` is broken or holds a reply to another prompt; an image cannot be decoded, or lacks a feature.
     """
+    if features:
+        features.check({request.id: request.image for request in requests})
     known = _read(file, requests)
     model.eval()  # type: ignore[no-untyped-call]
     for start in range(0, len(requests), batch):
         asked = requests[start : start + batch]
         if not all(request.id in known for request in asked):
-            replies = _reply(model, processor, asked, max_new_tokens)
+            replies = _reply(model, processor, asked, max_new_tokens, features)
             lines = [
                 {"id": r.id, "prompt": r.prompt, "reply": reply, **r.facts}
                 for r, reply in zip(asked, replies, strict=True)
@@ -72,7 +77,11 @@ def generate_replies(
 
 
 def _reply(
-    model: OlaVlmForConditionalGeneration, processor: OlaVlmProcessor, requests: Sequence[Request], max_new_tokens: int
+    model: OlaVlmForConditionalGeneration,
+    processor: OlaVlmProcessor,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    features: ImageFeatures | None,
 ) -> list[str]:
     """The replies to one batch, without special tokens and outer white space."""
     images = []
@@ -84,6 +93,8 @@ def _reply(
     prompts = [processor.prompt([{"from": "human", "value": request.prompt}]) for request in requests]
     inputs = processor(images=images, text=prompts).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    if features:
+        inputs["encoder_features"] = features.read([request.image for request in requests], model.device)
     with torch.inference_mode():
         output = model.generate(  # type: ignore[misc]
             **inputs,

@@ -1,5 +1,6 @@
 """Composing a student from a vision tower and a language model."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from transformers import (
 
 from olavlm.config import View
 from olavlm.errors import OlaError
-from olavlm.model.configuration import TOWERS, OlaVlmConfig, image_tokens, parse_tasks
+from olavlm.model.configuration import TOWERS, OlaVlmConfig, image_tokens, parse_encoders, parse_tasks
 from olavlm.model.modeling import OlaVlmForConditionalGeneration
 from olavlm.model.predictor import EmbeddingPredictor
-from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, task_token
+from olavlm.model.processing import IMAGE_TOKEN, OlaVlmProcessor, encoder_token, task_token
 
 
 def build_student(
@@ -29,6 +30,7 @@ def build_student(
     language_model: str,
     tasks: list[dict[str, Any]],
     *,
+    encoders: Sequence[dict[str, Any]] = (),
     vision_feature_layer: int = -2,
     predictors_read_text: bool = True,
     view: View = "squash",
@@ -37,7 +39,7 @@ def build_student(
 ) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
     """A student with pretrained vision tower and language model; everything between and behind them is new.
 
-    The new parts (projector, task tokens, predictors, logit scales) depend on `seed` only.
+    The new parts (projectors, task tokens, predictors, logit scales) depend on `seed` only.
 
     Args:
         vision_tower: hub id or folder of a CLIP or SigLIP model (whole or vision part), with preprocessor_config.json.
@@ -45,6 +47,7 @@ def build_student(
             in one of these (`folder/model.gguf`, `organisation/name/model.gguf`), which has its tokenizer and chat
             template inside. Quantized weights are unpacked.
         tasks: see `OlaVlmConfig`.
+        encoders: see `OlaVlmConfig`; teachers whose features the student is fed.
         vision_feature_layer: hidden states of the tower that are projected; −2 is the last layer's input.
         predictors_read_text: whether predictors attend to the text after the image.
         view: how images are made square.
@@ -52,7 +55,7 @@ def build_student(
         dtype: of all parameters.
 
     Raises:
-        OlaError: weights that are absent, incomplete or of an unsupported kind; tasks that cannot be built.
+        OlaError: weights that are absent, incomplete or of an unsupported kind; tasks or encoders that cannot be built.
     """
     tower = _load_tower(vision_tower, dtype)
     text_model, tokenizer = _load_language_model(language_model, dtype)
@@ -63,7 +66,9 @@ def build_student(
     )
     llm = text_model.config
     counts = [(task.name, task.task_tokens) for task in parse_tasks(tasks, llm.hidden_size, llm.num_hidden_layers)]
+    fed = [(encoder.name, encoder.tokens) for encoder in parse_encoders([*encoders])]
     names = [IMAGE_TOKEN, *(task_token(task, i) for task, count in counts for i in range(count))]
+    names += [encoder_token(encoder) for encoder, _ in fed]
     tokenizer.add_tokens(names, special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -75,6 +80,7 @@ def build_student(
         image_size=tower.config.image_size,
         image_seq_length=image["image_seq_length"],
         task_tokens=counts,
+        encoder_tokens=fed,
     )
     config = OlaVlmConfig(
         vision_config=tower.config,
@@ -85,6 +91,8 @@ def build_student(
         tasks=tasks,
         task_token_ids=processor.task_token_ids,
         predictors_read_text=predictors_read_text,
+        encoders=[*encoders],
+        encoder_token_ids=processor.encoder_token_ids,
         dtype=dtype,
     )
     model = _compose(config, tower, text_model, len(tokenizer), seed)
@@ -107,11 +115,14 @@ def _compose(
     projector = model.model.multi_modal_projector
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for part in (projector, model.task_tokens, model.predictors, model.logit_scales):
+        for part in (projector, model.task_tokens, model.predictors, model.logit_scales, model.encoder_projectors):
             part.to_empty(device="cpu")
         predictors = [module for module in model.predictors.modules() if isinstance(module, EmbeddingPredictor)]
         # The projector's layers keep torch's fan-in initialisation, as LLaVA's do.
-        for module in (projector.linear_1, projector.linear_2, model.task_tokens, model.logit_scales, *predictors):
+        # Those of encoders come last: students that differ in nothing else have all other parameters in common.
+        encoders = [module for module in model.encoder_projectors.modules() if isinstance(module, nn.Linear)]
+        parts = (projector.linear_1, projector.linear_2, model.task_tokens, model.logit_scales, *predictors, *encoders)
+        for module in parts:
             module.reset_parameters()
         _grow_vocabulary(model, vocabulary)
     return model

@@ -1,4 +1,7 @@
-"""`OlaVlmConfig`: LLaVA's configuration plus the tasks, their tokens and the layers they are predicted from."""
+"""`OlaVlmConfig`: LLaVA's configuration plus the tasks, their tokens and the layers they are predicted from.
+
+And, for the multi-encoder baseline, the teachers whose features the student is fed beside the image.
+"""
 
 import difflib
 from dataclasses import asdict, dataclass, fields
@@ -37,6 +40,15 @@ class TaskConfig:
         return self.queries if self.kind == "dense" else self.task_tokens
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A teacher whose feature of every image the student is fed, as `tokens` more tokens behind those of the image."""
+
+    name: str
+    tokens: int  # per image
+    width: int  # of one of them, before it is projected
+
+
 #: Vision towers by model type, and what LLaVA calls leaving out the token in front of the patches, if there is one.
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 
@@ -65,11 +77,14 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
             task tokens, the target's width for all others.
         task_token_ids: token ids of each task's inserted tokens, in order.
         predictors_read_text: whether predictors attend to the text after the image.
+        encoders: ordered list of dictionaries with the fields of `EncoderConfig`; none for a student that is distilled
+            only. The model is then called with ``encoder_features``.
+        encoder_token_ids: the token id that marks each encoder's positions.
 
     `image_tokens` gives LLaVA's fields on the image.
 
     Raises:
-        OlaError: a task that cannot be built, naming the task, the key, the value and what was expected.
+        OlaError: a task or encoder that cannot be built, naming it, the key, the value and what was expected.
     """
 
     model_type = "ola_vlm"
@@ -77,13 +92,18 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
     tasks: list[dict[str, Any]] | None = None
     task_token_ids: dict[str, list[int]] | None = None
     predictors_read_text: bool = True
+    encoders: list[dict[str, Any]] | None = None
+    encoder_token_ids: dict[str, int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         tasks = parse_tasks(self.tasks or [], self.llm.hidden_size, self.llm.num_hidden_layers)
         self.tasks = [asdict(task) | {"layers": list(task.layers)} for task in tasks]
         self.task_token_ids = {name: list(ids) for name, ids in (self.task_token_ids or {}).items()}
+        self.encoders = [asdict(encoder) for encoder in parse_encoders(self.encoders or [])]
+        self.encoder_token_ids = dict(self.encoder_token_ids or {})
         _check_ids(tasks, self.task_token_ids, self.image_token_index)
+        _check_encoder_ids(self)
 
     @property
     def llm(self) -> Any:
@@ -96,11 +116,23 @@ class OlaVlmConfig(LlavaConfig):  # type: ignore[no-untyped-call]
         return [TaskConfig(**(task | {"layers": tuple(task["layers"])})) for task in self.tasks or []]
 
     @property
+    def encoder_configs(self) -> list[EncoderConfig]:
+        """`encoders`, typed and in order."""
+        return [EncoderConfig(**encoder) for encoder in self.encoders or []]
+
+    @property
+    def encoder_tokens(self) -> int:
+        """Tokens per image of all encoders together."""
+        return sum(encoder.tokens for encoder in self.encoder_configs)
+
+    @property
     def image_block(self) -> list[int]:
-        """The token ids one image occupies in the sequence: image tokens, then every task's tokens in task order."""
-        ids = self.task_token_ids or {}
-        return [self.image_token_index] * self.image_seq_length + [
-            i for task in self.task_configs for i in ids.get(task.name, [])
+        """The token ids one image occupies: image tokens, each encoder's, then every task's, in their orders."""
+        ids, fed = self.task_token_ids or {}, self.encoder_token_ids or {}
+        return [
+            *[self.image_token_index] * self.image_seq_length,
+            *(fed[encoder.name] for encoder in self.encoder_configs for _ in range(encoder.tokens)),
+            *(i for task in self.task_configs for i in ids.get(task.name, [])),
         ]
 
 
@@ -134,29 +166,63 @@ def parse_tasks(entries: list[dict[str, Any]], hidden_size: int, num_layers: int
     return tasks
 
 
-def _parse_task(given: dict[str, Any], hidden_size: int, num_layers: int) -> TaskConfig:
-    """A validated `TaskConfig` with its defaults filled in."""
+def parse_encoders(entries: list[dict[str, Any]]) -> list[EncoderConfig]:
+    """Entries of `OlaVlmConfig.encoders`, validated.
+
+    Raises:
+        OlaError: see `OlaVlmConfig`.
+    """
+    encoders = []
+    for given in entries:
+        name = _name("encoders", given)
+        _check_keys(f"encoders.{name}", given, EncoderConfig, required=("tokens", "width"))
+        for key in ("tokens", "width"):
+            _check_integer(f"encoders.{name}.{key}", given[key], 1)
+        encoders.append(EncoderConfig(**given))
+    names = [encoder.name for encoder in encoders]
+    if len(set(names)) != len(names):
+        raise OlaError(f"encoders: {', '.join(names)} names an encoder twice")
+    return encoders
+
+
+def _name(key: str, given: Any) -> str:
+    """The name in an entry of `tasks` or `encoders`."""
     if not isinstance(given, dict):
-        raise OlaError(f"tasks: {given!r}; expected a list of dictionaries with the fields of a task")
+        raise OlaError(f"{key}: {given!r}; expected a list of dictionaries")
     name = given.get("name")
     if not isinstance(name, str) or not name.isidentifier():
-        raise OlaError(f"tasks: name {name!r}; expected a plain word such as 'depth'")
-    known = [field.name for field in fields(TaskConfig)]
+        raise OlaError(f"{key}: name {name!r}; expected a plain word such as 'depth'")
+    return name
+
+
+def _check_keys(where: str, given: dict[str, Any], config: type, required: tuple[str, ...]) -> None:
+    """An entry has the fields of a configuration's class and no others."""
+    known = [field.name for field in fields(config)]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise OlaError(f"tasks.{name}.{key}: unknown key; {hint}")
-    for key in ("kind", "queries", "width"):
+            raise OlaError(f"{where}.{key}: unknown key; {hint}")
+    for key in required:
         if key not in given:
-            raise OlaError(f"tasks.{name}.{key}: missing")
+            raise OlaError(f"{where}.{key}: missing")
+
+
+def _check_integer(key: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OlaError(f"{key}: {value!r}; expected an integer of at least {least}")
+
+
+def _parse_task(given: dict[str, Any], hidden_size: int, num_layers: int) -> TaskConfig:
+    """A validated `TaskConfig` with its defaults filled in."""
+    name = _name("tasks", given)
+    _check_keys(f"tasks.{name}", given, TaskConfig, required=("kind", "queries", "width"))
     entry: dict[str, Any] = {"layers": [], "task_tokens": 8, "depth_mlps": False, "dim": None} | given
     if entry["dim"] is None:
         wide = entry["depth_mlps"] and entry["task_tokens"]
         entry["dim"] = hidden_size if wide else entry["width"]
     for key, least in (("queries", 1), ("width", 1), ("dim", 1), ("task_tokens", 0)):
-        if isinstance(entry[key], bool) or not isinstance(entry[key], int) or entry[key] < least:
-            raise OlaError(f"tasks.{name}.{key}: {entry[key]!r}; expected an integer of at least {least}")
+        _check_integer(f"tasks.{name}.{key}", entry[key], least)
     if entry["kind"] not in ("dense", "pooled"):
         raise OlaError(f"tasks.{name}.kind: {entry['kind']!r}; expected 'dense' or 'pooled'")
     if entry["kind"] == "pooled" and entry["queries"] != 1:
@@ -195,3 +261,13 @@ def _check_ids(tasks: list[TaskConfig], ids: dict[str, list[int]], image_token: 
     every = [image_token, *(i for values in ids.values() for i in values)]
     if len(set(every)) != len(every):
         raise OlaError("task_token_ids: an id is used twice, or is the image token's")
+
+
+def _check_encoder_ids(config: OlaVlmConfig) -> None:
+    """Every encoder has an id of its own, which nothing else of an image has."""
+    names, ids = [encoder.name for encoder in config.encoder_configs], config.encoder_token_ids or {}
+    if ids.keys() != set(names):
+        raise OlaError(f"encoder_token_ids: {', '.join(ids) or 'none'}; encoders: {', '.join(names) or 'none'}")
+    others = {config.image_token_index, *(i for of_task in (config.task_token_ids or {}).values() for i in of_task)}
+    if len({*ids.values()} - others) != len(names):
+        raise OlaError("encoder_token_ids: an id is used twice, or is that of the image or of a task's token")

@@ -50,9 +50,12 @@ def export_plain(model: OlaVlmForConditionalGeneration, processor: OlaVlmProcess
         out: a new folder.
 
     Raises:
-        OlaError: the processor is not the model's, its view cannot be had from a stock image processor, or its
-            tokenizer cannot be kept from adding special tokens to a rendered prompt.
+        OlaError: the student is fed teachers' features, which no stock LLaVA is; the processor is not the model's, its
+            view cannot be had from a stock image processor, or its tokenizer cannot be kept from adding special tokens
+            to a rendered prompt.
     """
+    if encoders := _fed(model.config):
+        raise OlaError(f"a student that is fed teachers' features ({encoders}) has no form as a stock LLaVA")
     if processor.image_block != model.config.image_block:
         raise OlaError("processor: its ids of image and task tokens are not the model's; expected the model's own")
     template = contents_as_text(image_text(processor)) + str(processor.chat_template)
@@ -78,7 +81,8 @@ def load_for_inference(
     """The student in a folder as it answers and is exported: without `predictors` these are neither built nor read.
 
     Raises:
-        OlaError: no student there, or one with tensors missing, unknown or damaged.
+        OlaError: no student there, or one with tensors missing, unknown or damaged; or one that is fed teachers'
+            features, which whoever has but an image cannot give it.
     """
     if not (folder / "config.json").is_file():
         raise OlaError(f"{folder}: no model here, config.json is missing")
@@ -90,6 +94,11 @@ def load_for_inference(
                 "(published checkpoints are converted first: python -m olavlm convert)"
             )
         config = OlaVlmConfig.from_pretrained(folder)
+        if encoders := _fed(config):
+            raise OlaError(
+                f"{folder}: this student is fed teachers' features ({encoders}) beside every image, which only a "
+                "target store has; a pipeline trains and evaluates it, but it cannot be asked, seen or exported alone"
+            )
         if not predictors:
             config.tasks = [task | {"layers": []} for task in config.tasks or []]
         model = OlaVlmForConditionalGeneration.from_pretrained(folder, config=config)
@@ -105,6 +114,11 @@ def load_for_inference(
 def image_text(processor: OlaVlmProcessor) -> str:
     """``<image>`` and the task tokens: what stands for an image in a prompt to the exported folder."""
     return IMAGE_TOKEN + "".join(task_token(task, i) for task, count in processor.task_tokens for i in range(count))
+
+
+def _fed(config: OlaVlmConfig) -> str:
+    """The encoders whose features the student is fed; empty without any."""
+    return ", ".join(encoder.name for encoder in config.encoder_configs)
 
 
 @torch.no_grad()

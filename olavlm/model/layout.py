@@ -25,6 +25,7 @@ class ImageLayout:
     row: Tensor  # (n,) int64, the row each image is in
     image: Tensor  # (n, L) bool, the tokens of that row which are the image's
     columns: Mapping[str, Tensor]  # task → (n, task_tokens) int64, where in that row the image's task tokens are
+    fed: Tensor | None = None  # (n, L) bool, the tokens of that row which are teachers' features of the image
     one_per_row: bool = field(init=False)  # image i is in row i: rows need no gathering
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class ImageLayout:
 
     @property
     def special(self) -> Tensor:
-        """(B, L) bool, every image and task token of the batch."""
+        """(B, L) bool, every token of the batch that stands for an image: its own, features fed and task tokens."""
         own = self._own
         return own.new_zeros(self.shape, dtype=torch.int64).index_add(0, self.row, own.long()).bool()
 
@@ -60,8 +61,9 @@ class ImageLayout:
         """The positions that the predictor of `task` attends to for each image, (n, L) bool.
 
         These are the image's own tokens, the task's own tokens behind them (none for ``task=None``), and all text of
-        the row; never padding, never another image or its task tokens, never another task's tokens. Without `read_text`
-        nothing behind the image and its task tokens is a key. The predictor has no notion of position, so masking a
+        the row; never padding, never another image or its task tokens, never another task's tokens, never the teachers'
+        features that a student is fed: what is asked is what the others know of them. Without `read_text` nothing
+        behind the image and its task tokens is a key. The predictor has no notion of position, so masking a
         position out equals the published concatenation that leaves it out.
 
         Args:
@@ -79,8 +81,8 @@ class ImageLayout:
 
     @property
     def _own(self) -> Tensor:
-        """(n, L) bool, an image's own tokens and its task tokens."""
-        own = self.image
+        """(n, L) bool, an image's own tokens, the features of it that are fed, and its task tokens."""
+        own = self.image if self.fed is None else self.image | self.fed
         for columns in self.columns.values():
             own = own.scatter(1, columns, True)
         return own
@@ -90,16 +92,16 @@ class ImageLayout:
 def find_images(input_ids: Tensor, config: OlaVlmConfig) -> ImageLayout:
     """Locate every image of a batch, in row-major order.
 
-    An image occupies one block: ``[image tokens][first task's tokens][second task's tokens]…``.
+    An image occupies one block: ``[image tokens][first encoder's tokens]…[first task's tokens]…``.
 
     Args:
         input_ids: (B, L) int64.
 
     Raises:
-        OlaError: image or task tokens that do not form whole blocks, as after a careless truncation.
+        OlaError: image, encoder or task tokens that do not form whole blocks, as after a careless truncation.
     """
     block = torch.tensor(config.image_block, device=input_ids.device)
-    tokens = config.image_seq_length
+    tokens, fed = config.image_seq_length, config.encoder_tokens
     is_image = input_ids == config.image_token_index
     at = is_image.nonzero()[::tokens]
     row, start = at[:, 0], at[:, 1:]
@@ -108,15 +110,19 @@ def find_images(input_ids: Tensor, config: OlaVlmConfig) -> ImageLayout:
     whole = (found == block).all() & (columns < input_ids.shape[1]).all()
     special = int((is_image | torch.isin(input_ids, block)).sum())
     if special != found.numel() or not bool(whole):
+        others = "encoder and task tokens" if fed else "task tokens"
         raise OlaError(
-            f"input_ids: {int(is_image.sum())} image tokens and {special - int(is_image.sum())} task tokens do not "
-            f"form whole blocks of {tokens} image tokens followed by {len(block) - tokens} task tokens"
+            f"input_ids: {int(is_image.sum())} image tokens and {special - int(is_image.sum())} {others} do not "
+            f"form whole blocks of {tokens} image tokens followed by {len(block) - tokens} {others}"
         )
     counts = [task.task_tokens for task in config.task_configs]
-    of_tasks = torch.split_with_sizes(columns[:, tokens:], counts, dim=1)
+    of_image, of_encoders, of_all_tasks = torch.split_with_sizes(columns, [tokens, fed, sum(counts)], dim=1)
+    of_tasks = torch.split_with_sizes(of_all_tasks, counts, dim=1)
+    nowhere = torch.zeros_like(is_image[row])
     return ImageLayout(
         batch=input_ids.shape[0],
         row=row,
-        image=torch.zeros_like(is_image[row]).scatter(1, columns[:, :tokens], True),
+        image=nowhere.scatter(1, of_image, True),
         columns={task.name: part for task, part in zip(config.task_configs, of_tasks, strict=True)},
+        fed=nowhere.scatter(1, of_encoders, True) if fed else None,
     )

@@ -1,6 +1,9 @@
-"""`OlaVlmForConditionalGeneration`: transformers' LLaVA plus task tokens and embedding predictors."""
+"""`OlaVlmForConditionalGeneration`: transformers' LLaVA plus task tokens and embedding predictors.
 
-from collections.abc import Iterator
+Or, as the multi-encoder baseline, plus teachers' features as more tokens of every image.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from olavlm.errors import OlaError
-from olavlm.model.configuration import OlaVlmConfig
+from olavlm.model.configuration import EncoderConfig, OlaVlmConfig
 from olavlm.model.distill import EmbeddingStack, LogitScales, TaskTokens
 from olavlm.model.layout import ImageLayout, find_images
 from olavlm.model.predictor import EmbeddingPredictor
@@ -21,7 +24,7 @@ from olavlm.model.predictor import EmbeddingPredictor
 #: Parts of the student by prefix of the parameter name, as configurations name them.
 PARTS = {
     "vision_tower": ("model.vision_tower.",),
-    "projector": ("model.multi_modal_projector.",),
+    "projector": ("model.multi_modal_projector.", "encoder_projectors."),
     "language_model": ("model.language_model.", "lm_head."),
     "task_tokens": ("task_tokens.",),
     "predictors": ("predictors.",),
@@ -50,6 +53,10 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         out = model(input_ids=ids, inputs_embeds=embeds, labels=labels, predict=True, output_hidden_states=True)
         out.hidden_states[layer], out.predictions[task][layer], out.loss  # the loss is that of the text alone
         embedding_losses(out.predictions, targets, model.logit_scales, weights, contrastive)
+
+    A student whose configuration has `encoders` needs the teachers' features wherever it needs the images:
+
+        model.generate(**inputs, encoder_features={"depth": depth, "seg": seg})  # each (n, tokens, width)
     """
 
     config_class = OlaVlmConfig
@@ -59,6 +66,9 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
     def __init__(self, config: OlaVlmConfig) -> None:
         super().__init__(config)
         self.add_stack(config.task_configs, config.llm.hidden_size, config.predictors_read_text)
+        self.encoder_projectors = nn.ModuleDict(
+            {encoder.name: _projector(encoder, config.llm.hidden_size) for encoder in config.encoder_configs}
+        )
         self._captures: list[tuple[set[int], dict[int, Tensor]]] = []  # what is being collected, innermost last
         self._hooked: dict[int, nn.Module] = {}
         self._listen({layer for task in self.tasks for layer in task.layers})
@@ -75,13 +85,16 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]
 
-    def embed(self, input_ids: Tensor, layout: ImageLayout, image_features: Tensor) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, layout: ImageLayout, image_features: Tensor, encoder_tokens: Tensor | None = None
+    ) -> Tensor:
         """The language model's input.
 
         Args:
             input_ids: (B, L) int64.
             layout: `find_images` of them.
             image_features: (n, image_seq_length, hidden), the projector's output.
+            encoder_tokens: `project_features`, of a student with encoders.
 
         Returns:
             (B, L, hidden). Image features and task tokens stay part of the graph when the batch has no image.
@@ -99,13 +112,9 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
                 f"{self.config.image_seq_length}"
             )
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        block = torch.cat(
-            [
-                image_features.to(embeds.dtype),
-                self.inserted_tokens().to(embeds).expand(layout.images, -1, -1),
-            ],
-            dim=1,
-        )
+        parts = [image_features] if encoder_tokens is None else [image_features, encoder_tokens]
+        parts.append(self.inserted_tokens().to(embeds).expand(layout.images, -1, -1))
+        block = torch.cat([part.to(embeds.dtype) for part in parts], dim=1)
         return embeds.masked_scatter(layout.special[..., None], block)
 
     def image_features(self, pixel_values: Tensor | None) -> Tensor:
@@ -117,6 +126,42 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         features = projector.linear_1.weight.new_empty(0, self.config.image_seq_length, projector.linear_1.in_features)
         empty: Tensor = projector(features)
         return empty
+
+    def project_features(self, encoder_features: Mapping[str, Tensor] | None, images: int) -> Tensor | None:
+        """The tokens of the teachers' features that the student is fed, encoder after encoder.
+
+        Args:
+            encoder_features: encoder → (n, tokens, width), any floating dtype; None without images.
+            images: n, how many images the batch has.
+
+        Returns:
+            (n, tokens of all encoders, hidden); without images n = 0, and part of the graph all the same. None for a
+            student without encoders.
+
+        Raises:
+            OlaError: features that are missing, of another shape, or of no encoder of this student.
+        """
+        given, encoders = encoder_features or {}, self.config.encoder_configs
+        if unknown := given.keys() - {encoder.name for encoder in encoders}:
+            known = ", ".join(encoder.name for encoder in encoders) or "none"
+            raise OlaError(
+                f"encoder_features.{min(unknown)}: this student is fed no such features; its encoders: {known}"
+            )
+        tokens = []
+        for encoder in encoders:
+            projector = self.encoder_projectors[encoder.name]
+            weight = next(projector.parameters())
+            features, shape = given.get(encoder.name), (images, encoder.tokens, encoder.width)
+            if features is None and images == 0:
+                features = weight.new_empty(shape)
+            if features is None or features.shape != shape:
+                found = "missing" if features is None else str(tuple(features.shape))
+                raise OlaError(
+                    f"encoder_features.{encoder.name}: {found}; this student is fed the {encoder.name} teacher's "
+                    f"features of every image, expected {shape}"
+                )
+            tokens.append(projector(features.to(weight)))
+        return torch.cat(tokens, dim=1) if tokens else None
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -157,7 +202,7 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> Any:
         """transformers' own, for beams and samples; here every copy of a row brings all of the row's images along."""
-        pixel_values = kwargs.pop("pixel_values", None)
+        pixel_values, features = kwargs.pop("pixel_values", None), kwargs.pop("encoder_features", None)
         ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
@@ -167,8 +212,23 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
                 copy = torch.arange(expand_size, device=row.device).repeat_interleave(len(row))
                 order = (row.repeat(expand_size) * expand_size + copy).argsort(stable=True) % len(row)
                 pixel_values = pixel_values[order.to(pixel_values.device)]
-            kwargs["pixel_values"] = pixel_values
+                features = {
+                    name: of[order.to(of.device)] if len(of) == len(row) else of
+                    for name, of in (features or {}).items()
+                }
+        kwargs |= {"pixel_values": pixel_values, "encoder_features": features}
         return ids, kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own, which gives images to the first of the passes only; here their features as well."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if inputs.get("pixel_values") is None:
+            inputs.pop("encoder_features", None)
+        return inputs
 
     @contextmanager
     def capture(self, layers: set[int]) -> Iterator[dict[int, Tensor]]:
@@ -217,6 +277,7 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         predict: bool = False,
+        encoder_features: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> OlaVlmOutput:
         """Run the student.
@@ -228,15 +289,17 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
             inputs_embeds: (B, L, hidden), used as they are; `input_ids` beside them only tell where the images are.
             labels: (B, L) int64, −100 where nothing is to be learned; gives `loss`, the mean next-token cross-entropy.
             predict: also run the predictors on the captured layers; `predictions` of the output.
+            encoder_features: encoder → (n, tokens, width) of the same images, for a student with encoders.
 
         Raises:
-            OlaError: incomplete image blocks, images that do not match them, `predict` without `input_ids`, arguments
-                of different lengths, sequences longer than the language model's context.
+            OlaError: incomplete image blocks, images or features that do not match them, `predict` without `input_ids`,
+                arguments of different lengths, sequences longer than the language model's context.
         """
         self._check_inputs(input_ids, inputs_embeds, attention_mask, predict)
         layout = None if input_ids is None else find_images(input_ids, self.config)
         if inputs_embeds is None and input_ids is not None and layout is not None:
-            inputs_embeds = self.embed(input_ids, layout, self.image_features(pixel_values))
+            encoder_tokens = self.project_features(encoder_features, layout.images)
+            inputs_embeds = self.embed(input_ids, layout, self.image_features(pixel_values), encoder_tokens)
         layers = {layer for task in self.tasks for layer in task.layers} if predict else set()
         with self.capture(layers) as hidden:
             kwargs["return_dict"] = True
@@ -283,3 +346,8 @@ def parameter_groups(model: OlaVlmForConditionalGeneration) -> dict[str, list[tu
         part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
         groups[part].append((name, parameter))
     return groups
+
+
+def _projector(encoder: EncoderConfig, hidden_size: int) -> nn.Sequential:
+    """Two layers with a GELU between them, as LLaVA's own projector has."""
+    return nn.Sequential(nn.Linear(encoder.width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))

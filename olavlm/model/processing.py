@@ -67,6 +67,11 @@ def task_token(task: str, index: int) -> str:
     return f"<{task}_{index}>"
 
 
+def encoder_token(encoder: str) -> str:
+    """The special token that marks every position of an encoder's features."""
+    return f"<{encoder}_features>"
+
+
 def contents_as_text(image_text: str = IMAGE_TOKEN) -> str:
     """The beginning of a chat template: contents in parts (``[{"type": "image"}, {"type": "text", …}]``) become texts.
 
@@ -85,7 +90,7 @@ class _Answer(NamedTuple):
 
 
 class OlaVlmProcessor(ProcessorMixin):
-    """Expands every ``<image>`` into image and task tokens inside the language model's own chat template.
+    """Expands every ``<image>`` into image, encoder and task tokens inside the language model's own chat template.
 
     Args:
         image_processor: the vision tower's; its ``image_mean`` and ``image_std`` are used.
@@ -95,6 +100,8 @@ class OlaVlmProcessor(ProcessorMixin):
         image_seq_length: image tokens per image.
         task_tokens: pairs of task and number of inserted tokens, in the order of the sequence (a list, because a saved
             dictionary comes back sorted).
+        encoder_tokens: pairs of encoder and number of tokens of its features, likewise. The features themselves come
+            from a target store, and go to the model beside what the processor makes.
         chat_template: default: the tokenizer's, or `DEFAULT_CHAT_TEMPLATE` where it has none. transformers'
             `apply_chat_template` takes contents in parts with any of them.
     """
@@ -108,6 +115,7 @@ class OlaVlmProcessor(ProcessorMixin):
         image_seq_length: int = 576,
         task_tokens: Sequence[Sequence[Any]] = (),
         chat_template: str | None = None,
+        encoder_tokens: Sequence[Sequence[Any]] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise OlaError(
@@ -125,15 +133,19 @@ class OlaVlmProcessor(ProcessorMixin):
         self.task_token_ids = {
             task: [self._id(task_token(task, i)) for i in range(count)] for task, count in self.task_tokens
         }
-        self._inserted = {i for ids in self.task_token_ids.values() for i in ids}
+        self.encoder_tokens = [(str(encoder), int(count)) for encoder, count in encoder_tokens]
+        self.encoder_token_ids = {encoder: self._id(encoder_token(encoder)) for encoder, _ in self.encoder_tokens}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closing = re.compile(
             rf"(\s*(?:{'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))}))?(\s*)"
         )
-        #: The token ids one image occupies: image tokens, then every task's tokens in order.
-        self.image_block = [self.image_token_id] * image_seq_length + [
-            i for ids in self.task_token_ids.values() for i in ids
+        #: The token ids one image occupies: image tokens, then every encoder's, then every task's, in order.
+        self.image_block = [
+            *[self.image_token_id] * image_seq_length,
+            *(self.encoder_token_ids[encoder] for encoder, count in self.encoder_tokens for _ in range(count)),
+            *(i for ids in self.task_token_ids.values() for i in ids),
         ]
+        self._inserted = {*self.image_block} - {self.image_token_id}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
         """The vision tower's input: each image brought into the view, scaled to [0, 1] and normalised.
@@ -290,7 +302,8 @@ class OlaVlmProcessor(ProcessorMixin):
         if token == self.image_token_id:
             return self.image_block
         if token in self._inserted:
-            raise OlaError(f"text: contains {self.tokenizer.convert_ids_to_tokens(token)!r}, a task token")
+            what = "the token of an encoder" if token in self.encoder_token_ids.values() else "a task token"
+            raise OlaError(f"text: contains {self.tokenizer.convert_ids_to_tokens(token)!r}, {what}")
         return [token]
 
     def _id(self, token: str) -> int:
