@@ -62,8 +62,9 @@ def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
     else:
         own, students = {k: v for k, v in full["eval"].items() if k != "batch"}, [full["eval"]["student"]]
     trained = {name: depends_on(config, name)["stages"] for name in students if name in stages}
-    common = {"seed": seed, "teachers": full["teachers"], "student": full["student"], "trained": trained}
-    return common | {stage: own}
+    read = {own["data"]: data[own["data"]]} if own["data"] else {}
+    common = {"seed": seed, "data": read, "teachers": full["teachers"], "student": full["student"]}
+    return common | {"trained": trained, stage: own}
 
 
 def begin(folder: Path, config: Mapping[str, Any]) -> bool:

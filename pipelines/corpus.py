@@ -81,9 +81,10 @@ def _write_benchmark_images(folder: str, out: Path) -> Path:
 
     No question and no answer is in it: a benchmark is nothing to train on.
     """
-    questions: dict[str, list[str]] = {}
+    asked = cv_bench.load(folder)
     out.mkdir(parents=True, exist_ok=True)
-    for question in cv_bench.load(folder):
+    questions: dict[str, list[str]] = {}
+    for question in asked:
         key = content_hash(question.image)
         (out / key).write_bytes(question.image)
         questions.setdefault(key, []).append(question.id)

@@ -59,7 +59,7 @@ class MicroBatch:
     attention_mask: Tensor  # (b, length) int64
     labels: Tensor  # (b, length) int64, -100 where nothing is learned
     pixel_values: Tensor  # (n, 3, size, size) float32
-    targets: dict[str, Targets]
+    targets: dict[str, Targets]  # to be learned, and to be fed to a student with encoders
     keys: list[str]  # data, tar and key of every sample, for messages
 
     def each(self, apply: Callable[[Tensor], Tensor]) -> "MicroBatch":

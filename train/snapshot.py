@@ -53,9 +53,7 @@ class Request:
     view: View
     allow_view_mismatch: bool = False
     max_missing: float = 0.01
-    encoders: tuple[
-        str, ...
-    ] = ()  # whose targets the student is fed: a sample with an image that lacks one is left out
+    encoders: tuple[str, ...] = ()  # whose targets the student is fed: without one, an image's sample is left out
 
     @property
     def read(self) -> tuple[str, ...]:
