@@ -219,8 +219,8 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
         kwargs |= {"pixel_values": pixel_values, "encoder_features": features}
         return ids, kwargs
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Any, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """transformers' own, which gives images to the first of the passes only; here their features as well."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
