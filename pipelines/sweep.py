@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from olavlm import runs
@@ -69,7 +70,7 @@ def sweep(pipeline: str, overrides: list[str], axes: Axes) -> int:
             return code
     failed: dict[str, str] = {}
     for number, setting in enumerate(chosen, 1):
-        console.print(f"[bold]setting {number}/{len(chosen)}: {setting.name}[/bold]")
+        console.print(f"[bold]setting {number}/{len(chosen)}: {escape(setting.name)}[/bold]")
         for stage in _stages(setting.config):
             _adopt(setting, stage)
             code = _run(setting.config, stage, pipeline, setting.overrides)
@@ -82,7 +83,7 @@ def sweep(pipeline: str, overrides: list[str], axes: Axes) -> int:
     replace(_folder(base) / "sweep.json", json.dumps({"settings": rows, "failed": failed}, indent=2).encode())
     show(rows, console)
     for name, stage in failed.items():
-        console.print(f"[red]failed:[/red] {name}, in {stage}; the same command tries again")
+        console.print(f"[red]failed:[/red] {escape(name)}, in {stage}; the same command tries again")
     return 1 if failed else 0
 
 
@@ -147,7 +148,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             error = row["stderr"].get(name)
             value = f"{row['mean'][name]:.3f}" if name in row["mean"] else "–"
             cells.append(value if error is None else f"{value} ± {error:.3f}")
-        table.add_row(_name(row["values"]) or "as it is", str(row["seeds"]), *cells)
+        table.add_row(escape(_name(row["values"])) or "as it is", str(row["seeds"]), *cells)
     console.print(table)
 
 

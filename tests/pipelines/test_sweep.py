@@ -104,3 +104,10 @@ def test_bad_axes_are_refused_before_anything_runs(started, tmp_path, axis, mess
     with pytest.raises(OlaError, match=message):
         sweep("demo", [f"run_dir={tmp_path}"], [axis])
     assert not calls
+
+
+def test_a_setting_is_called_what_it_is_whatever_brackets_it_has(started, tmp_path, capsys):
+    overrides = [f"run_dir={tmp_path}", "stages.finetune.lr=0.1"]
+    assert sweep("multi-encoder", overrides, [("student.encoders", ["[]", "[depth]"])]) == 0
+    out = capsys.readouterr().out
+    assert out.count("encoders=[]") == out.count("encoders=[depth]") == 2  # when it begins, and in the table
