@@ -156,12 +156,12 @@ hardly gets smaller.
 
 ## A student trained on them
 
-Demo world, {sizes.scenes} scenes, {sizes.steps} pretraining steps of {sizes.batch}, {seeds} seeds, judged on {sizes.held_out}
-other scenes against the teachers' own fp32 features. *smooth-L1*, *cosine*: of the predictions, mean over the
-supervised layers. *Known*: what linear probes read of the objects from the language model's image tokens, mean over its
-layers: R² of the log-depth, accuracy of the class. Differences to the student of the same seed trained on fp32 targets,
-mean ± 95 % interval; bold: the interval excludes 0, which one in twenty does by chance. int8+zstd is lossless over
-int8: the same student.
+Demo world, {sizes.scenes} scenes, {sizes.steps} pretraining steps of {sizes.batch}, {seeds} seeds, judged on
+{sizes.held_out} other scenes against the teachers' own fp32 features. *smooth-L1*, *cosine*: of the predictions, mean
+over the supervised layers. *Known*: what linear probes read of the objects from the language model's image tokens, mean
+over its layers: R² of the log-depth, accuracy of the class. Differences to the student of the same seed trained on fp32
+targets, mean ± 95 % interval; bold: the interval excludes 0, which one in twenty does by chance. int8+zstd is lossless
+over int8: the same student.
 
 {students}
 """
