@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m featurize", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.Command)
     added = {
         name: _pipeline_command(commands, name, function, help_text)
         for name, function, help_text in (
@@ -116,17 +116,17 @@ def _status(config: PipelineConfig, args: argparse.Namespace) -> None:
 
     console = Console()
     table = Table("data", "task", Column("set", overflow="fold"), "tars", "images", "failed", "missing", "bytes")
-    jobs = open_jobs(config)
-    for job in jobs:
+    found = [(job, job.committed()) for job in open_jobs(config)]
+    for job, committed in found:
         for task, target in job.sets.items():
-            counts = status(job, task)
+            counts = status(job, task, committed)
             tars = f"{counts['committed']}/{counts['tars']}"
             numbers = [f"{counts[name]:,}" for name in ("ok", "failed", "missing")]
             table.add_row(job.name, task, target.path.name, tars, *numbers, human_bytes(counts["bytes"]))
     console.print(table)
     if args.failed:
-        for job in jobs:
-            for image in failed_images(job):
+        for job, committed in found:
+            for image in failed_images(job, committed):
                 print("{data} {task} tar {tar} sample {key} image {image_index}: {reason}".format(**image))
 
 
@@ -158,11 +158,11 @@ def _repair(config: PipelineConfig, args: argparse.Namespace) -> int:
 
 
 def _drop(config: PipelineConfig, args: argparse.Namespace) -> None:
-    from featurize.lifecycle import drop, find_sets, on_disk, size
+    from featurize.lifecycle import drop, find_sets, size
 
     for target in find_sets(config, args.set):
         tars = sum(1 for _ in (target.path / "commits").glob("[!.]*.parquet"))
-        what = f"{target.path}: {tars:,} tars, {human_bytes(size(on_disk(target.path)))}"
+        what = f"{target.path}: {tars:,} tars, {human_bytes(size(target.path))}"
         if args.yes:
             drop(target)
         print(f"{what}: removed" if args.yes else f"{what}; --yes removes it")

@@ -5,7 +5,8 @@ Per sample, beside each other: ``{key}.jpg`` (the encoded image, untouched, with
 ``{key}.{task}.npy`` or ``{key}.0.{task}.npy`` …: the dequantized features, float16 (tokens, width), tokens row by row
 over the teacher's grid. An image without a target of a task has no such member.
 
-A tar of the corpus becomes a tar of the same name: same commits, same bytes. What is there is not made again.
+A tar of the corpus becomes a tar of the same name: same commits, same bytes. What is there is not made again, unless
+failed images have got their targets since: the header of a tar's first member says which commits it is of.
 """
 
 import io
@@ -15,7 +16,6 @@ import secrets
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from olavlm.data.folder import fsync
 from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
 
+_COMMITS = "OLAVLM.commits"  # pax keyword: the `content_hash` of every task's commit
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
 
 
@@ -50,11 +51,13 @@ def export(config: PipelineConfig, data: str, out: Path) -> Iterator[str]:
         raise OlaError(f"pipeline {config.name}: data.{data} is not there or has no targets")
     _claim(out, {"corpus": job.corpus.id, "targets": {task: target.path.name for task, target in job.sets.items()}})
     with ThreadPoolExecutor(config.featurize.decode_threads, "export") as pool:
-        todo = [tar for tar in job.corpus.tars if not (out / f"{tar.name}.tar").exists()]
+        tars = job.corpus.tars
         _sweep_finished(out)
-        futures = [pool.submit(_export_tar, job, tar, out) for tar in todo]
+        committed = {task: there["content"].to_pylist() for task, there in job.committed().items()}
+        contents = [{task: content[i] for task, content in committed.items()} for i in range(len(tars))]
+        futures = [pool.submit(_export_tar, job, tar, out, of_tar) for tar, of_tar in zip(tars, contents, strict=True)]
         try:
-            for tar, future in track(list(zip(todo, futures, strict=True)), f"export {data}"):
+            for tar, future in track(list(zip(tars, futures, strict=True)), f"export {data}"):
                 if lacking := future.result():
                     yield f"tar {tar.name}: not featurized by {', '.join(lacking)}"
         finally:
@@ -77,14 +80,28 @@ def _claim(out: Path, content: dict[str, Any]) -> None:
         raise OlaError(f"{file}: an export of {found}, not of {content}; give another folder")
 
 
-def _export_tar(job: Job, tar: Tar, out: Path) -> list[str]:
-    """Write one tar, in memory a sample at a time; the tasks that have no commit of it, if so."""
-    commits = {task: target.commit(tar) for task, target in job.sets.items()}
-    if lacking := [task for task, commit in commits.items() if commit is None]:
+def _export_tar(job: Job, tar: Tar, out: Path, contents: dict[str, str | None]) -> list[str]:
+    """Write one tar, a sample at a time in memory, unless it is there.
+
+    Args:
+        job: what is exported.
+        tar: of its corpus.
+        out: the folder.
+        contents: the `content_hash` of every task's commit of the tar.
+
+    Returns:
+        The tasks that have no commit of it, if so; nothing was written then.
+    """
+    path, note = out / f"{tar.name}.tar", {_COMMITS: json.dumps(contents, sort_keys=True)}
+    if lacking := [task for task, content in contents.items() if content is None]:
         return lacking
+    if _noted(path).items() >= note.items():
+        return []
+    commits = {task: target.commit(tar, contents[task]) for task, target in job.sets.items()}
     rows = {task: commit.to_pylist() for task, commit in commits.items() if commit is not None}
+    if lacking := [task for task in commits if task not in rows]:  # withdrawn meanwhile
+        return lacking
     index = job.corpus.index(tar).to_pylist()
-    path = out / f"{tar.name}.tar"
     sweep(path)
     temporary = out / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -94,17 +111,16 @@ def _export_tar(job: Job, tar: Tar, out: Path) -> list[str]:
                 number = "" if entry["image_index"] == 0 and last else f".{entry['image_index']}"
                 if entry["image_index"] >= 0:
                     image = job.corpus.read(tar, entry["image_offset"], entry["image_bytes"])
-                    _add(file, f"{entry['key']}{number}.{_extension(image)}", image)
+                    _add(file, f"{entry['key']}{number}.{_extension(image)}", image, note)
                     for task, target in job.sets.items():
                         if rows[task][position]["status"] == "ok":
                             npy = _features(target, rows[task][position], entry)
-                            _add(file, f"{entry['key']}{number}.{task}.npy", npy)
+                            _add(file, f"{entry['key']}{number}.{task}.npy", npy, note)
                 if last:
                     text = job.corpus.read(tar, entry["text_offset"], entry["text_bytes"])
-                    _add(file, f"{entry['key']}.{entry['text_member']}", text)
+                    _add(file, f"{entry['key']}.{entry['text_member']}", text, note)
         fsync(temporary)
-        with suppress(FileExistsError):  # another export of the same was faster
-            os.link(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync(out)
@@ -131,7 +147,19 @@ def _extension(image: bytes) -> str:
     return next((name for magic, name in _MAGIC.items() if image.startswith(magic)), "img")
 
 
-def _add(file: tarfile.TarFile, name: str, data: bytes) -> None:
+def _noted(path: Path) -> dict[str, str]:
+    """What the header of a tar's first member says beyond name and size; nothing if there is none."""
+    try:
+        with tarfile.open(path, "r:") as file:
+            first = file.next()
+            return {} if first is None else dict(first.pax_headers)
+    except (FileNotFoundError, tarfile.TarError):
+        return {}
+
+
+def _add(file: tarfile.TarFile, name: str, data: bytes, note: dict[str, str]) -> None:
+    """Append a member; the first one carries the note."""
     member = tarfile.TarInfo(name)  # time, owner and mode are fixed
+    member.pax_headers = {} if file.offset else note
     member.size = len(data)
     file.addfile(member, io.BytesIO(data))

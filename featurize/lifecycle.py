@@ -2,28 +2,32 @@
 
 All of it may run beside jobs and readers and be killed at any moment: whatever a writer may be at is done under its
 tar's lease, and the same command run again goes on.
+
+On a disk leases fence, so a writer that wakes up after a takeover changes nothing. In an object store one that was
+paused between its last look at the lease and its write may still do that one write, of a block or of the commit, after
+what is there was withdrawn, collected or dropped. A block then is as good as any writer's. A commit may list blocks
+that are gone, or that another writer has computed anew: reading them says missing, cut short or damaged, as long as
+they are not the very same bytes, and `verify` and `repair` find them. No target becomes another one.
 """
 
-import glob
 import os
 import re
 import secrets
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from featurize.progress import track
 from featurize.stage import Job, open_jobs
 from featurize.verify import Finding, verify, verify_tar
 from olavlm.config import PipelineConfig
-from olavlm.data.atomic import sweep
-from olavlm.data.commit import blocks, first_blocks
+from olavlm.data.commit import blocks, first_blocks, take
 from olavlm.data.corpus import Corpus, Tar
-from olavlm.data.lease import Lease, leased
+from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath, as_path
-from olavlm.data.targets import TargetSet, TargetStore
+from olavlm.data.targets import DROPPED, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
 _DEAD, _UNLISTED = "left by a dead writer", "no commit lists it"
@@ -59,17 +63,29 @@ def _withdraw(job: Job, finding: Finding) -> bool:
     """Remove a tar's commit, and the ones it superseded; unless another repair has made it good meanwhile."""
     task, tar = finding.task, finding.tar
     assert tar is not None
-    folder = on_disk(job.sets[task].path)
-    target = TargetSet(folder)  # one that has no file open
-    lease = Lease.acquire(folder / "leases", tar.name)
+    target = TargetSet(job.sets[task].path)  # one that has no file open
+    lease = take(target, tar.name)
     if lease is None:
         return False
     with lease:
-        sweep(target.commit_file(tar))
         if finding.recomputed or any(verify_tar(replace(job, sets={task: target}), task, tar)):
-            shutil.rmtree(folder / "superseded" / tar.name, ignore_errors=True)
+            if isinstance(target.path, ObjectPath):
+                _remove_blocks(target, job.corpus, tar)
+            _remove(target.path / "superseded" / tar.name)
             target.commit_file(tar).unlink(missing_ok=True)
     return True
+
+
+def _remove_blocks(target: TargetSet, corpus: Corpus, tar: Tar) -> None:
+    """Remove a tar's blocks, which a writer in an object store would take as they are (on a disk it replaces them).
+
+    Before the commit, so that no run that comes in between takes a damaged one: to a run the tar is committed still.
+    """
+    before = [other.images for other in corpus.tars[: corpus.tars.index(tar) + 1]]
+    first = first_blocks(before, target.block)[-1]
+    for block in range(first, first + blocks(tar.images, target.block)):
+        for file in {target.values_file(block), target.scales_file(block)}:
+            file.unlink(missing_ok=True)
 
 
 # ---- drop
@@ -101,25 +117,60 @@ def find_sets(config: PipelineConfig, name: str) -> list[TargetSet]:
 def drop(target: TargetSet) -> None:
     """Remove a target set: it is gone at once, its bytes as fast as they can be removed (`gc` ends what was killed).
 
+    In an object store, which cannot rename, the lease in ``dropped/`` says until the end that it goes: no job can begin
+    the set anew while its objects are being removed.
+
     Raises:
-        OlaError: somebody is writing to it.
+        OlaError: somebody is writing to it, or dropping it.
     """
-    folder = on_disk(target.path)
+    folder = target.path
+    if isinstance(folder, ObjectPath):
+        lease = Lease.acquire(folder.parent / DROPPED, folder.name)
+        if lease is None:
+            raise OlaError(f"{folder}: somebody else is dropping it")
+        try:
+            _refuse_if_written(folder)
+        except BaseException:
+            lease.release()
+            raise
+        _empty(folder, lease)
+        return
+    _refuse_if_written(folder)
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    os.rename(folder, gone)
+    _remove(gone)
+
+
+def _refuse_if_written(folder: AnyPath) -> None:
     busy = [name for name in leased(folder / "leases") if Lease.held(folder / "leases", name)]
     if busy:
         raise OlaError(
-            f"{target.path}: a job is at tar {busy[0]}{' and others' * (len(busy) > 1)}; stop it, or wait a minute if "
+            f"{folder}: a job is at tar {busy[0]}{' and others' * (len(busy) > 1)}; stop it, or wait a minute if "
             "it was killed on another machine"
         )
-    gone = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
-def size(folder: Path) -> int:
-    """Bytes of the files in a folder, or of one file."""
-    files = (folder, *folder.rglob("*"))
-    return sum(file.stat().st_size for file in files if file.is_file())
+def _empty(folder: ObjectPath, lease: Lease) -> None:
+    """Remove a set's objects, first what makes it one; nothing more once somebody else has taken over.
+
+    Raises:
+        OlaError: somebody else has taken over.
+    """
+    try:
+        lease.check()
+        (folder / "target.json").unlink(missing_ok=True)
+        (folder / "commits").rmtree(lease.check)
+        folder.rmtree(lease.check)
+    except LeaseLost as error:
+        raise OlaError(f"{folder}: {error}") from None
+    lease.release()
+
+
+def size(path: AnyPath) -> int:
+    """Bytes of a file or object, or of all in a folder or below a prefix."""
+    if isinstance(path, ObjectPath):
+        return sum(stat.st_size for _, stat in path.walk()) if path.is_dir() else path.stat().st_size
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 # ---- gc
@@ -127,9 +178,9 @@ def size(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or folder that no commit lists."""
+    """A file, folder, object or prefix that no commit lists."""
 
-    path: Path
+    path: AnyPath
     why: str
     bytes: int
 
@@ -141,46 +192,62 @@ def gc(config: PipelineConfig, dry_run: bool = False) -> Iterator[Garbage]:
         What is removed, or would be.
     """
     for store, corpus in open_stores(config):
-        for path in sorted(on_disk(store.path).iterdir()):
+        for path in _entries(store.path):
             if _TEMPORARY.fullmatch(path.name):
-                yield from _remove(path, "left by a killed drop" if path.is_dir() else _DEAD, dry_run)
+                yield from _collected(path, "left by a killed drop" if path.is_dir() else _DEAD, dry_run)
+        for name in leased(store.path / DROPPED):
+            yield from _end_drop(store.path, name, dry_run)
         for target in store.targets():
             yield from _collect(target, corpus, dry_run)
 
 
+def _end_drop(store: AnyPath, name: str, dry_run: bool) -> Iterator[Garbage]:
+    """What a killed drop has left of a set in an object store."""
+    folder, dropped = store / name, store / DROPPED
+    if not isinstance(folder, ObjectPath) or Lease.held(dropped, name):
+        return
+    garbage = Garbage(folder, "left by a killed drop", sum(stat.st_size for _, stat in folder.walk()))
+    if not dry_run:
+        lease = Lease.acquire(dropped, name)
+        if lease is None:
+            return  # somebody has just come
+        _empty(folder, lease)
+    yield garbage
+
+
 def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garbage]:
-    leases = on_disk(target.path) / "leases"
+    leases = target.path / "leases"
     loose, of_tar = _candidates(target, corpus)
     for path, why in loose:
-        yield from _remove(path, why, dry_run)
+        yield from _collected(path, why, dry_run)
     for name in track(sorted({*of_tar, *leased(leases)}), f"{target.path.name}: gc"):
         if Lease.held(leases, name):
             continue
-        for path in sorted(leases.glob(f"{glob.escape(name)}.*")):
+        for path in _entries(leases):
             if path.name.rpartition(".")[0] == name:
-                yield Garbage(path, "lease of a dead writer", size(path))
-        lease = None if dry_run else Lease.acquire(leases, name)
+                yield from _collected(path, "lease of a dead writer", dry_run=True)  # taking it over removes it
+        lease = None if dry_run else take(target, name)
         if lease is None and not dry_run:
             continue  # somebody has just come
         try:
             committed = (target.path / "commits" / f"{name}.parquet").exists()
             for path, why in of_tar.get(name, []):
-                if path.exists() and not (why == _UNLISTED and committed):
-                    yield from _remove(path, why, dry_run)
+                if not (why == _UNLISTED and committed):
+                    yield from _collected(path, why, dry_run)
         finally:
             if lease:
                 lease.release()
 
 
-Candidates = list[tuple[Path, str]]  # what may go, and why
+Candidates = list[tuple[AnyPath, str]]  # what may go, and why
 
 
 def _candidates(target: TargetSet, corpus: AnyPath) -> tuple[Candidates, dict[str, Candidates]]:
     """What may be removed of a set at once, and what by tar, whose lease it takes to be sure."""
-    folder = on_disk(target.path)
-    arrays = [folder / "tars"] if target.format == "webdataset" else sorted(folder.glob("*.zarr"))
-    pattern = "[!.]*.tar" if target.format == "webdataset" else "c/*"
-    found_blocks = [(path, int(path.stem)) for array in arrays for path in sorted(array.glob(pattern))]
+    folder = target.path
+    arrays = [path for path in _entries(folder) if path.name.endswith(".zarr")]
+    shards = [folder / "tars"] if target.format == "webdataset" else [array / "c" for array in arrays]
+    found_blocks = [path for place in shards for path in _entries(place)]
     committed = {file.stem for file in (folder / "commits").glob("[!.]*.parquet")}
     tars = Corpus.open(corpus).tars  # after the blocks, so that it knows the tars of all of them
     starts = first_blocks([tar.images for tar in tars], target.block)
@@ -189,48 +256,61 @@ def _candidates(target: TargetSet, corpus: AnyPath) -> tuple[Candidates, dict[st
     loose: Candidates = []
     of_tar: dict[str, Candidates] = {}
     for place in (folder, folder / "leases", *arrays):
-        loose += [(path, _DEAD) for path in sorted(place.glob(".*")) if _TEMPORARY.fullmatch(path.name)]
-    for path in sorted((folder / "commits").glob(".*")):
+        loose += [(path, _DEAD) for path in _entries(place) if _TEMPORARY.fullmatch(path.name)]
+    for path in _entries(folder / "commits"):
         if temporary := _TEMPORARY.fullmatch(path.name):
             of_tar.setdefault(temporary["name"].removesuffix(".parquet"), []).append((path, _DEAD))
-    for kept in sorted((folder / "superseded").glob("*")):
-        found = [(path, _DEAD) for path in sorted(kept.iterdir()) if _TEMPORARY.fullmatch(path.name)]
+    for kept in _entries(folder / "superseded"):
+        found = [(path, _DEAD) for path in _entries(kept) if _TEMPORARY.fullmatch(path.name)]
         of_tar.setdefault(kept.name, []).extend(found if kept.name in committed else [(kept, _UNLISTED)])
-    for path, block in found_blocks:
-        if block >= end:
+    for path in found_blocks:
+        temporary = _TEMPORARY.fullmatch(path.name)
+        number = (temporary["name"] if temporary else path.name).removesuffix(".tar")
+        if not number.isdigit():
+            continue  # nothing of ours
+        if int(number) >= end:
             loose.append((path, "block of no tar"))
             continue
-        name = owners[bisect_right(owners, block, key=lambda owner: owner[0]) - 1][1].name
-        found = [(left, _DEAD) for left in sorted(path.rglob(".*")) if _TEMPORARY.fullmatch(left.name)]
-        of_tar.setdefault(name, []).extend(found if name in committed else [(path, _UNLISTED)])
+        name = owners[bisect_right(owners, int(number), key=lambda owner: owner[0]) - 1][1].name
+        found = [(path, _DEAD)] if temporary else [(path, _UNLISTED)] if name not in committed else _left_in(path)
+        of_tar.setdefault(name, []).extend(found)
     return loose, {name: found for name, found in of_tar.items() if found}
 
 
-def _remove(path: Path, why: str, dry_run: bool) -> Iterator[Garbage]:
+def _left_in(block: AnyPath) -> Candidates:
+    """What dead writers left in the folder of a block; an object store has neither."""
+    if isinstance(block, ObjectPath):
+        return []
+    return [(left, _DEAD) for left in sorted(block.rglob(".*")) if _TEMPORARY.fullmatch(left.name)]
+
+
+def _entries(place: AnyPath) -> list[AnyPath]:
+    """What lies right in a folder or below a prefix, by name; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        return sorted(place.iterdir(), key=lambda path: path.name)
+    return []
+
+
+def _collected(path: AnyPath, why: str, dry_run: bool) -> Iterator[Garbage]:
     try:
+        if not (path.is_dir() or path.exists()):
+            return
         garbage = Garbage(path, why, size(path))
     except FileNotFoundError:  # its writer has just ended
         return
     if not dry_run:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
     yield garbage
 
 
-def on_disk(path: AnyPath) -> Path:
-    """A store's or set's folder.
-
-    Raises:
-        OlaError: it is in an object store, where nothing could keep a late writer from what is being changed.
-    """
-    if isinstance(path, ObjectPath):
-        raise OlaError(
-            f"{path}: repair, drop, gc and --retry-failed work on stores on a disk; in an object store, stop every "
-            "job, remove the objects of the set (`aws s3 rm --recursive`) and run again"
-        )
-    return path
+def _remove(path: AnyPath) -> None:
+    """Remove a file or object, or a folder or prefix with all in it, if it is there."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif isinstance(path, ObjectPath):
+        path.rmtree()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def open_stores(config: PipelineConfig) -> list[tuple[TargetStore, AnyPath]]:

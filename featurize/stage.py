@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +17,6 @@ from featurize.job import executor
 from featurize.worker import Report, Unit
 from olavlm import runs
 from olavlm.config import DataConfig, PipelineConfig
-from olavlm.data.amend import TarAmender
 from olavlm.data.atomic import replace
 from olavlm.data.commit import blocks, describe_arrays, tidy
 from olavlm.data.corpus import Corpus
@@ -37,15 +37,17 @@ class Job:
     corpus: Corpus
     sets: dict[str, TargetSet]
 
+    def committed(self) -> dict[str, pa.Table]:
+        """What is committed of the tars, by task, as `summaries` says; it lists every commit there is."""
+        return {task: summaries(target, self.corpus.tars) for task, target in self.sets.items()}
+
     def missing(self, retry_failed: bool = False) -> list[Unit]:
         """The tars that lack a commit of some task; also those with failed images, if these shall be tried again."""
         corpus, targets = as_path(self.data.corpus).resolve(), as_path(str(self.data.targets)).resolve()
         wanted = np.zeros(len(self.corpus.tars), bool)
-        for target in self.sets.values():
-            there = summaries(target, self.corpus.tars)
+        for there in self.committed().values():
             wanted |= there["content"].is_null().to_numpy()
             if retry_failed:
-                TarAmender.check(target)
                 wanted |= there["failed"].to_numpy() > 0
         return [
             Unit(self.name, corpus, targets, self.corpus.tars[i].name, retry_failed) for i in np.flatnonzero(wanted)
@@ -182,8 +184,9 @@ def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], s
     if not reports and file.exists():
         before = json.loads(file.read_text())
         speed = {key: before[key] for key in speed}
-    failures = [failure for job in jobs for failure in failed_images(job)]
-    tasks = {task: [status(job, task) for job in jobs] for task in config.teachers}
+    found = [(job, job.committed()) for job in jobs]
+    failures = [failure for job, committed in found for failure in failed_images(job, committed)]
+    tasks = {task: [status(job, task, committed) for job, committed in found] for task in config.teachers}
     summary = {
         "images": sum(tar.images for job in jobs for tar in job.corpus.tars),
         "failed": len({(f["data"], f["tar"], f["key"], f["image_index"]) for f in failures}),
@@ -200,20 +203,26 @@ def _summarize(config: PipelineConfig, jobs: list[Job], reports: list[Report], s
     return summary
 
 
-def status(job: Job, task: str) -> dict[str, int]:
-    """Counts of one target set: tars committed and in all, images ok, failed and missing, bytes of the targets."""
+def status(job: Job, task: str, committed: dict[str, pa.Table] | None = None) -> dict[str, int]:
+    """Counts of one target set: tars committed and in all, images ok, failed and missing, bytes of the targets.
+
+    Args:
+        job: the entry.
+        task: the set's.
+        committed: what `Job.committed` said; listed now if not given.
+    """
     tars = job.corpus.tars
-    there = summaries(job.sets[task], tars)
-    committed = there["content"].is_valid().to_numpy()
+    there = summaries(job.sets[task], tars) if committed is None else committed[task]
+    done = there["content"].is_valid().to_numpy()
     images = np.array([tar.images for tar in tars], np.int64)
     counts = {name: int(there[name].to_numpy().sum()) for name in ("ok", "failed", "bytes")}
-    return {"tars": len(tars), "committed": int(committed.sum()), **counts, "missing": int(images[~committed].sum())}
+    return {"tars": len(tars), "committed": int(done.sum()), **counts, "missing": int(images[~done].sum())}
 
 
-def failed_images(job: Job) -> Iterator[dict[str, Any]]:
-    """Every image of the job that was committed without a target, and why."""
-    for task, target in job.sets.items():
-        failed = summaries(target, job.corpus.tars)["failed"].to_numpy()
+def failed_images(job: Job, committed: dict[str, pa.Table] | None = None) -> Iterator[dict[str, Any]]:
+    """Every image of the job that was committed without a target, and why; `committed` as of `status`."""
+    for task, there in (committed or job.committed()).items():
+        target, failed = job.sets[task], there["failed"].to_numpy()
         for tar in (job.corpus.tars[i] for i in np.flatnonzero(failed)):
             commit = target.commit(tar)
             if commit is None:  # withdrawn meanwhile

@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from olavlm.cli import human_bytes
+from olavlm.cli import Command, human_bytes
 from olavlm.config import load_pipeline
 from olavlm.errors import OlaError
 
@@ -14,7 +14,7 @@ _SAFETENSORS = (
 )
 
 
-def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_commands(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add `measure` and `safetensors`; the parsed arguments carry the function to call as `command`."""
     measured = commands.add_parser("measure", help=_MEASURE, description=_MEASURE)
     measured.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")

@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m olavlm", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=cli.Command)
 
     help_text = "questions about an image, answered in the terminal with the student alone"
     chat = commands.add_parser("chat", help=help_text, description=help_text)

@@ -1,10 +1,32 @@
-"""What every command line shares: one-line errors, exit codes, an honest word after Ctrl-C, bytes for people."""
+"""What every command line shares: options anywhere, one-line errors, exit codes, an honest word after Ctrl-C, bytes for
+people."""
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from olavlm.errors import OlaError
+
+
+class Command(argparse.ArgumentParser):
+    """A subcommand (``add_subparsers(parser_class=Command)``) whose options may stand anywhere.
+
+    argparse alone takes no more overrides once it has seen an option behind the first positional arguments.
+    """
+
+    _mixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which its `parse_known_intermixed_args` calls in turn."""
+        if self._mixed:
+            return super().parse_known_args(args, namespace)
+        self._mixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixed = False
 
 
 def run(main: Callable[[], int | None], resume: str = "run the same command again to resume") -> int:

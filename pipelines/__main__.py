@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawTextHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=cli.Command)
     for name, help_text in {
         "run": "every stage that has not finished yet, then the report",
         "corpus": "render, pack or adopt the pipeline's corpora and benchmark",

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from featurize.corpus import samples as shared
 from featurize.corpus.adopt import adopt
 from featurize.corpus.pack import pack_caption_folder, pack_llava_json
+from olavlm.cli import Command
 from olavlm.data.objects import as_path, local_path
 
 _PACK = "pack LLaVA JSON or captioned images into a corpus, or add what an existing one does not have yet"
@@ -19,7 +20,7 @@ _ADOPT = "make a corpus of existing WebDataset tars, or add them to one; only th
 _WORKERS = "processes that read and decode (every core: %(default)s)"
 
 
-def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_commands(commands: "argparse._SubParsersAction[Command]") -> None:
     """Add `pack` and `adopt`; the parsed arguments carry the function to call as `command`, which takes them."""
     pack = commands.add_parser("pack", help=_PACK, description=_PACK)
     source = pack.add_mutually_exclusive_group(required=True)

@@ -8,10 +8,10 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.htm
 
 On a disk the lease fences every file (`olavlm.data.lease`), so a block that a dead writer left and that is not what
 the holder computed is replaced. In an object store nothing can stop a writer that wakes up after a takeover between its
-last look at the lease and its write; so there nothing is ever replaced. A block is created, or is there already: then
-it is of this identity and of this tar (its notes say so), as good as the holder's own, and the commit lists its bytes.
-The commit is created, or was, by a writer that saw the very same blocks. So whichever writer is the last to act, what a
-commit lists stays as it was when the commit appeared.
+last look at the lease and its write; so there it replaces nothing. A block is created, or is there already: then it is
+of this identity, of this tar and undamaged (its notes say so), as good as the holder's own, and the commit lists its
+bytes. The commit is created, or was, by a writer that saw the very same blocks. So whichever writer is the last to act,
+what a commit lists stays as it was when the commit appeared. (What a second try adds: `olavlm.data.amend`.)
 """
 
 import io
@@ -30,7 +30,7 @@ from olavlm.data.codec import Layout
 from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
-from olavlm.data.tars import member_stems, npy_header, pack
+from olavlm.data.tars import member_name, member_stems, npy_header, pack
 from olavlm.errors import OlaError
 
 _ABSENT = 2**64 - 1  # offset and length of a chunk a shard does not have
@@ -137,12 +137,23 @@ def _metadata(data_type: str, rows: int, block: int, shape: tuple[int, ...]) -> 
     }
 
 
+def take(target: TargetSet, tar: str) -> Lease | None:
+    """The lease of a tar; None while somebody else holds it.
+
+    Whoever it was taken over from can no longer commit: its temporary file is gone. Where there was nobody, there is
+    none, and the folder of a million commits is not searched.
+    """
+    lease = Lease.acquire(target.path / "leases", tar)
+    if lease is not None and lease.inherited:
+        sweep(target.path / "commits" / f"{tar}.parquet")
+    return lease
+
+
 def tidy(target: TargetSet) -> None:
     """Remove what writers left that died right after a commit, when nobody will open their tar again."""
     for name in leased(target.path / "leases"):
-        lease = Lease.acquire(target.path / "leases", name)
+        lease = take(target, name)
         if lease is not None:
-            sweep(target.path / "commits" / f"{name}.parquet")
             lease.release()
 
 
@@ -172,11 +183,9 @@ class TarWriter:
         Raises:
             OlaError: it was committed when it had another content.
         """
-        lease = Lease.acquire(target.path / "leases", tar.name)
+        lease = take(target, tar.name)
         if lease is None:
             return None
-        # In this order: a writer we took over from can no longer commit once its temporary file is gone.
-        sweep(target.commit_file(tar))
         file = target.commit_file(tar)
         if not file.exists():
             return cls(target, tar, first_block, lease)
@@ -284,8 +293,7 @@ class TarWriter:
         members, places = [], []
         for row, stem in zip(self._pending, member_stems(self._pending, following), strict=True):
             for name, chunks, dtype, shape in arrays if row["status"] == "ok" else ():
-                extension = "npy" if name == "values" else "scales.npy"
-                members.append((f"{stem}.{extension}", npy_header(dtype, shape), chunks[row["row"]] or b""))
+                members.append((member_name(stem, name), npy_header(dtype, shape), chunks[row["row"]] or b""))
                 places.append((name, row["row"]))
         data, starts = pack(members)
         offsets = {name: [-1] * len(self._values) for name, *_ in arrays}
@@ -305,13 +313,14 @@ class TarWriter:
             ranges: offset and length of the chunks in it; what is between them does not depend on their values.
 
         Raises:
-            OlaError: what is there, in an object store, is of another content of the tar or lacks other images.
+            OlaError: what is there, in an object store, is damaged, of another content of the tar, or lacks other
+                images.
         """
         sweep(file)
         try:
             if isinstance(file, ObjectPath):
                 self._lease.check()
-                file.create(data, {"tar-hash": self._tar.hash})
+                file.create(data, block_notes(self._tar, data))
             else:
                 fenced(self._lease, publish, file, data)
         except FileExistsError:
@@ -319,15 +328,21 @@ class TarWriter:
                 if file.read_bytes() != data:
                     fenced(self._lease, replace, file, data)
                 return data
-            there, notes = file.read_noted()
-            same = notes.get("tar-hash") == self._tar.hash and len(there) == len(data)
+            there, notes, _ = file.read()
+            same = block_notes(self._tar, there).items() <= notes.items() and len(there) == len(data)
             if there != data and not (same and _between(there, ranges) == _between(data, ranges)):
+                self._lease.check()  # whoever took over may have gone on, and added to this block
                 raise OlaError(
-                    f"{file}: left here uncommitted, by a writer that found other images in tar {self._tar.name}; "
-                    "remove this object and run again"
+                    f"{file}: left here uncommitted, damaged or by a writer that found other images in tar "
+                    f"{self._tar.name}; `python -m featurize repair` removes it"
                 ) from None
             return there
         return data
+
+
+def block_notes(tar: TarId, data: bytes) -> dict[str, str]:
+    """What is noted beside a block in an object store: whose it is, and whether it is what was written."""
+    return {"tar-hash": tar.hash, "crc32c": f"{google_crc32c.value(data):08x}"}
 
 
 def commit_bytes(target: TargetSet, tar: TarId, rows: Sequence[dict[str, Any]]) -> bytes:

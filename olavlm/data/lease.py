@@ -8,8 +8,9 @@ creates its lease, then sweeps the temporary files of whatever it is going to pu
 takeover fails at the check or at the rename, and can never touch what its successor publishes.
 
 An object store has neither temporary files nor a rename, and needs no fence: there a writer only ever creates objects
-that were not there (``If-None-Match: *``) and replaces none, so that the worst a writer waking up late can do is to
-create what its successor was about to, which is then taken as it is (`olavlm.data.commit`). There the lease saves work.
+that were not there (``If-None-Match: *``), or adds to the very version that it read (``If-Match``), so that the worst a
+writer waking up late can do is to write what its successor was about to, which is then taken as it is
+(`olavlm.data.commit`, `olavlm.data.amend`). There the lease saves work.
 Its heart beats by ``If-Match``: a lease that was taken over and removed does not come back.
 """
 
@@ -32,10 +33,14 @@ class LeaseLost(Exception):
 
 
 class Lease:
-    """Held from `acquire` until `release`; usable as a context manager."""
+    """Held from `acquire` until `release`; usable as a context manager.
 
-    def __init__(self, path: AnyPath, content: bytes):
-        self.path = path
+    Attributes:
+        inherited: whether it was taken over from a holder that died.
+    """
+
+    def __init__(self, path: AnyPath, content: bytes, inherited: bool):
+        self.path, self.inherited = path, inherited
         self._content = content
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease {path.name}", daemon=True)
@@ -58,10 +63,10 @@ class Lease:
             return None  # somebody was faster (and swept our temporary file)
         for leftover in (path, *held.values()):
             sweep(leftover)
-        return cls(path, content)
+        return cls(path, content, bool(held))
 
     @staticmethod
-    def held(folder: Path, name: str) -> bool:
+    def held(folder: AnyPath, name: str) -> bool:
         """Whether somebody alive holds the lease called `name`; by the time this returns it may be over."""
         generations = _generations(folder, name)
         return bool(generations) and not _stale(generations[max(generations)])

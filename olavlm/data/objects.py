@@ -13,7 +13,7 @@ from the machine's role.
 import errno
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from olavlm.errors import OlaError
 
 if TYPE_CHECKING:
-    from obstore import Attributes, UpdateVersion
+    from obstore import Attributes, ListResult, ObjectMeta, UpdateVersion
     from obstore.store import S3Store
 
 _SCHEME = "s3://"
@@ -36,6 +36,14 @@ class Stat(NamedTuple):
 
     st_size: int
     st_mtime: float  # by the store's clock, in whole seconds
+
+
+class Content(NamedTuple):
+    """An object as it was when it was read."""
+
+    data: bytes
+    notes: dict[str, str]  # that it was written with, among the store's own
+    version: str  # what `ObjectPath.update` takes
 
 
 @dataclass(frozen=True, order=True)
@@ -106,18 +114,24 @@ class ObjectPath:
 
     def scan(self) -> Iterator[tuple["ObjectPath", Stat]]:
         """The objects right below this prefix, in no order: one listing, no object is read."""
-        with _told(self):
-            found = _store(self.bucket).list_with_delimiter(self.key or None)
-        for entry in found["objects"]:
-            yield ObjectPath(self.bucket, entry["path"]), Stat(entry["size"], entry["last_modified"].timestamp())
+        yield from (self._listed(entry) for entry in self._below()["objects"])
+
+    def walk(self) -> Iterator[tuple["ObjectPath", Stat]]:
+        """The objects below this prefix, however deep, in no order."""
+        for page in self._pages():
+            yield from (self._listed(entry) for entry in page)
+
+    def iterdir(self) -> Iterator["ObjectPath"]:
+        """The objects and the prefixes right below this prefix, in no order."""
+        found = self._below()
+        yield from (ObjectPath(self.bucket, prefix.rstrip("/")) for prefix in found["common_prefixes"])
+        yield from (ObjectPath(self.bucket, entry["path"]) for entry in found["objects"])
 
     def glob(self, pattern: str) -> Iterator["ObjectPath"]:
         """The objects a pattern like ``*/target.json`` or ``a.*`` matches, in no order; one listing per prefix."""
         first, _, rest = pattern.partition("/")
         if rest:
-            with _told(self):
-                found = _store(self.bucket).list_with_delimiter(self.key or None)
-            prefixes = [ObjectPath(self.bucket, prefix.rstrip("/")) for prefix in found["common_prefixes"]]
+            prefixes = [ObjectPath(self.bucket, prefix.rstrip("/")) for prefix in self._below()["common_prefixes"]]
             for prefix in prefixes:
                 if fnmatchcase(prefix.name, first):
                     yield from prefix.glob(rest)
@@ -126,17 +140,18 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """The whole object."""
-        return self.read_noted()[0]
+        return self.read().data
 
     def read_text(self) -> str:
         """The whole object, which is UTF-8."""
         return self.read_bytes().decode()
 
-    def read_noted(self) -> tuple[bytes, dict[str, str]]:
-        """The whole object, and the notes it was created with."""
+    def read(self) -> Content:
+        """The whole object, its notes and its version."""
         with _told(self):
             found = _store(self.bucket).get(self.key)
-            return bytes(found.bytes()), {str(name): str(value) for name, value in found.attributes.items()}
+            notes = {str(name): str(value) for name, value in found.attributes.items()}
+            return Content(bytes(found.bytes()), notes, str(found.meta["e_tag"]))
 
     def pread(self, count: int, offset: int) -> tuple[bytes, int]:
         """Up to `count` bytes at `offset`, and the size of the object: one request."""
@@ -164,7 +179,7 @@ class ObjectPath:
 
         Args:
             data: the content.
-            notes: kept beside it, for `read_noted`.
+            notes: kept beside it, for `read`.
 
         Raises:
             FileExistsError: there is one of this name already.
@@ -184,15 +199,17 @@ class ObjectPath:
         with _told(self):
             return str(_store(self.bucket).head(self.key)["e_tag"])
 
-    def update(self, data: bytes, version: str) -> str:
-        """Set the content of exactly this version of the object (``If-Match``); the version it then has.
+    def update(self, data: bytes, version: str, notes: Mapping[str, str] | None = None) -> str:
+        """Set content and notes of exactly this version of the object (``If-Match``); the version it then has.
 
         Raises:
             FileNotFoundError: that version is gone: the object was removed, or has another content.
         """
         with _told(self):
             mode: UpdateVersion = {"e_tag": version}
-            return str(_store(self.bucket).put(self.key, data, mode=mode, use_multipart=False)["e_tag"])
+            attributes: Attributes = dict(notes or {})
+            put = _store(self.bucket).put(self.key, data, mode=mode, attributes=attributes, use_multipart=False)
+            return str(put["e_tag"])
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -200,6 +217,26 @@ class ObjectPath:
             self.stat()
         with _told(self):
             _store(self.bucket).delete(self.key)
+
+    def rmtree(self, check: Callable[[], None] = lambda: None) -> None:
+        """Remove every object below this prefix, many at a time; `check` is called before each time."""
+        for page in self._pages():
+            check()
+            with _told(self):
+                _store(self.bucket).delete([entry["path"] for entry in page])
+
+    def _below(self) -> "ListResult[Sequence[ObjectMeta]]":
+        """What lies right below this prefix."""
+        with _told(self):
+            return _store(self.bucket).list_with_delimiter(self.key or None)
+
+    def _pages(self) -> Iterator["Sequence[ObjectMeta]"]:
+        """The objects below this prefix, however deep, as many at a time as the store lists and removes at once."""
+        with _told(self):
+            yield from _store(self.bucket).list(self.key or None, chunk_size=1000)
+
+    def _listed(self, entry: "ObjectMeta") -> tuple["ObjectPath", Stat]:
+        return ObjectPath(self.bucket, entry["path"]), Stat(entry["size"], entry["last_modified"].timestamp())
 
     def _put(self, data: bytes, mode: Literal["create", "overwrite"], notes: Mapping[str, str] | None = None) -> None:
         try:

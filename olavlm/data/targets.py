@@ -11,6 +11,7 @@
       depth-<identity>/commits/<tar>.parquet    one row per image (and per text-only sample) of a finished tar
       depth-<identity>/superseded/     commits that a retry of failed images replaced; runs pinned to them go on reading
       depth-<identity>/manifest.parquet         what `olavlm.data.manifest` remembers of the commits, if compacted
+      dropped/<set>.<generation>       object stores only: the lease of who removes a set, until all of it is gone
 
 The commit is the only truth: what no commit lists does not exist, whatever bytes lie there. An image's row in the array
 is ``block * images_per_block + row``; the trainer does not need the array, it reads the byte ranges of the commits.
@@ -33,10 +34,12 @@ from olavlm.data.atomic import ensure
 from olavlm.data.codec import Layout, layout
 from olavlm.data.corpus import content_hash
 from olavlm.data.files import OpenFiles
-from olavlm.data.objects import AnyPath, as_path
+from olavlm.data.lease import leased
+from olavlm.data.objects import AnyPath, ObjectPath, as_path
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
+DROPPED = "dropped"
 
 COMMIT_SCHEMA = pa.schema(
     [
@@ -185,10 +188,12 @@ class TargetStore:
         """The target set of `identity`, made with `block` images per shard in this form if it is not there yet.
 
         Raises:
-            OlaError: it is there with another block size, or in the other form.
+            OlaError: it is there with another block size, or in the other form; or it is being dropped.
         """
         folder = self.path / identity.folder
         content = {"identity": asdict(identity), "block": block, "format": form}
+        if isinstance(folder, ObjectPath) and folder.name in leased(self.path / DROPPED):
+            raise OlaError(f"{folder}: being dropped; if that was killed, `python -m featurize gc` ends it")
         ensure(folder / "target.json", json.dumps(content, indent=2).encode())
         (folder / "commits").mkdir(exist_ok=True)
         (folder / "leases").mkdir(exist_ok=True)

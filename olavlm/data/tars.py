@@ -3,6 +3,8 @@
 An image's members are ``{key}.npy`` and, for codecs with scales, ``{key}.scales.npy``; where a sample has several
 images, ``{key}.{i}.npy`` and ``{key}.{i}.scales.npy`` for its i-th, like the images in a corpus. Any WebDataset loader
 reads them; images without a target have no members. Members carry no owner and no time: same targets, same bytes.
+
+Images whose targets came later, when failed ones were tried again, have their members at the end of their tar.
 """
 
 import io
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
+_EXTENSIONS = {"values": "npy", "scales": "scales.npy"}
 
 
 def member_stems(rows: Sequence[Mapping[str, Any]], following: str | None) -> list[str]:
@@ -29,12 +32,31 @@ def member_stems(rows: Sequence[Mapping[str, Any]], following: str | None) -> li
     ]
 
 
+def member_name(stem: str, array: str) -> str:
+    """The name of an image's values or scales in a tar."""
+    return f"{stem}.{_EXTENSIONS[array]}"
+
+
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """What precedes an array's bytes in a ``.npy`` file."""
     header = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
+
+
+def content_ranges(data: bytes) -> tuple[dict[str, tuple[int, int]], int]:
+    """Offset and length of every member of a tar by name, and where more members would begin.
+
+    Raises:
+        ValueError: not a whole tar.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as file:
+            found = {member.name: (member.offset_data, member.size) for member in file}
+            return found, file.offset
+    except tarfile.TarError as error:
+        raise ValueError(f"not a whole tar ({error})") from None
 
 
 def pack(members: Sequence[tuple[str, bytes, bytes]]) -> tuple[bytes, list[int]]:

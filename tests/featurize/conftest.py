@@ -171,7 +171,18 @@ def unbroken(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stumbled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run in which the second image of every batch of gen had no finite features; not to be changed."""
-    run = tmp_path_factory.mktemp("stumbled")
+    return _stumble(world, tmp_path_factory.mktemp("stumbled"))
+
+
+@pytest.fixture(scope="session")
+def in_tars(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """`unbroken` and `stumbled` in the WebDataset form."""
+    run = tmp_path_factory.mktemp("unbroken")
+    run_pipeline(world.config(run, "featurize.format=webdataset"))
+    return run, _stumble(world, tmp_path_factory.mktemp("stumbled"), "featurize.format=webdataset")
+
+
+def _stumble(world: World, run: Path, *overrides: str) -> Path:
     encode = UnClip.encode
 
     def broken(self: UnClip, pixels: torch.Tensor) -> torch.Tensor:
@@ -181,7 +192,7 @@ def stumbled(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UnClip, "encode", broken)
-        run_pipeline(world.config(run))
+        run_pipeline(world.config(run, *overrides))
     return run
 
 

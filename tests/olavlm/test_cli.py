@@ -1,5 +1,6 @@
 """Exit codes and messages that every command shares."""
 
+import argparse
 import errno
 
 import pytest
@@ -31,6 +32,21 @@ def test_one_line_and_an_exit_code(capsys, error, code, message):
 def test_exit_code_of_main_is_kept():
     assert cli.run(lambda: 1) == 1
     assert cli.run(lambda: None) == 0
+
+
+@pytest.mark.parametrize("line", ["-n 1 a b=1 c=2", "a -n 1 b=1 c=2", "a b=1 -n 1 c=2", "a b=1 c=2 -n 1"])
+def test_options_of_a_command_may_stand_anywhere(line, capsys):
+    parser = argparse.ArgumentParser()
+    command = parser.add_subparsers(dest="command", parser_class=cli.Command).add_parser("do")
+    command.add_argument("first")
+    command.add_argument("rest", nargs="*")
+    command.add_argument("-n", type=int)
+    parsed = {"command": "do", "first": "a", "rest": ["b=1", "c=2"], "n": 1}
+    for _ in range(2):
+        assert vars(parser.parse_args(["do", *line.split()])) == parsed
+    with pytest.raises(SystemExit):
+        parser.parse_args(["do", *line.split(), "--no-such"])
+    assert "unrecognized arguments: --no-such" in capsys.readouterr().err
 
 
 def test_our_own_bugs_are_not_hidden():

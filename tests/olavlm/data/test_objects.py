@@ -298,7 +298,7 @@ def test_blocks_of_another_content_of_the_tar_are_refused_in_s3(target: TargetSe
     write(target, Tar(hash="before"))
     target.commit_file(Tar()).unlink()
     changed = FEATURES + 1
-    with pytest.raises(OlaError, match=r"left here uncommitted, by a writer that found other images.*remove this obj"):
+    with pytest.raises(OlaError, match=r"left here uncommitted.*`python -m featurize repair` removes it"):
         write(target, features=changed)
     assert target.commit(Tar()) is None
 

@@ -1,4 +1,5 @@
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,6 +260,9 @@ def test_promise_3_once_what_a_dead_writer_left_is_kept_or_replaced(store: Targe
     target.values_file(1).write_bytes(b"other bytes")  # as another GPU, or a cut write, would leave it
     for file in (target.values_file(1), target.commit_file(Tar())):
         (file.parent / f".{file.name}.12-ab.tmp").write_bytes(b"half")
+    lease = target.path / "leases" / f"{Tar().name}.1"
+    lease.write_text("elsewhere 12 0")
+    os.utime(lease, (0, 0))
     _write(target, Tar(), 6)
     assert _shards(target) == whole
     assert target.values_file(0).stat().st_ino == kept
