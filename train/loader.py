@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmProcessor
+from olavlm.model.processing import Encoded
 from train.order import Ints
 from train.snapshot import Image, Sample, Snapshot
 
@@ -61,6 +62,7 @@ class MicroBatch:
     pixel_values: Tensor  # (n, 3, size, size) float32
     targets: dict[str, Targets]  # to be learned, and to be fed to a student with encoders
     keys: list[str]  # data, tar and key of every sample, for messages
+    answers_cut: list[int] = field(default_factory=list)  # answers that every sample lost at max_length
 
     def each(self, apply: Callable[[Tensor], Tensor]) -> "MicroBatch":
         """The same batch with `apply` done to every tensor, e.g. a move to a device."""
@@ -71,6 +73,7 @@ class MicroBatch:
             apply(self.pixel_values),
             {task: targets.each(apply) for task, targets in self.targets.items()},
             self.keys,
+            self.answers_cut,
         )
 
 
@@ -138,20 +141,22 @@ class Loader:
         """
         samples = [self._snapshot.sample(int(number)) for number in numbers]
         texts = [self._encode(sample) for sample in samples]
-        used = [(sample, image) for (sample, _, _, n) in texts for image in sample.images[:n]]
+        kept = [self._processor.images_in(text.input_ids) for text in texts]  # images of turns cut off are not read
+        used = [(sample, image) for sample, n in zip(samples, kept, strict=True) for image in sample.images[:n]]
         pictures = [self._picture(sample, image) for sample, image in used]
         batch = MicroBatch(
-            input_ids=_pad([ids for _, ids, _, _ in texts], self._processor.tokenizer.pad_token_id),
-            attention_mask=_pad([torch.ones_like(ids) for _, ids, _, _ in texts], 0),
-            labels=_pad([labels for _, _, labels, _ in texts], IGNORED),
+            input_ids=_pad([text.input_ids for text in texts], self._processor.tokenizer.pad_token_id),
+            attention_mask=_pad([torch.ones_like(text.input_ids) for text in texts], 0),
+            labels=_pad([text.labels for text in texts], IGNORED),
             pixel_values=self._processor.pixel_values(pictures),
             targets={task: self.read_targets(task, used) for task in self._tasks},
             keys=[str(sample) for sample in samples],
+            answers_cut=[text.answers_cut for text in texts],
         )
         return batch.each(Tensor.pin_memory) if self._pin else batch
 
-    def _encode(self, sample: Sample) -> tuple[Sample, Tensor, Tensor, int]:
-        """The sample, its token ids, its labels, and how many of its images survive the cut at max_length."""
+    def _encode(self, sample: Sample) -> Encoded:
+        """The sample's conversation in tokens, cut at max_length."""
         corpus = self._snapshot.corpora[sample.data]
         text = corpus.read(sample.tar, sample.text_offset, sample.text_bytes)
         try:
@@ -160,10 +165,9 @@ class Loader:
             if mentioned != len(sample.images):
                 raise OlaError(f"its text has {mentioned} {IMAGE_PLACEHOLDER}, it has {len(sample.images)} images")
             with self._tokenizer_lock:
-                ids, labels = self._processor.encode_conversation(turns, self._max_length)
+                return self._processor.encode_conversation(turns, self._max_length)
         except ValueError as error:
             raise OlaError(f"{sample}: {error}") from None
-        return sample, ids, labels, self._processor.images_in(ids)
 
     def _picture(self, sample: Sample, image: Image) -> PILImage:
         data = self._snapshot.corpora[sample.data].read(sample.tar, image.offset, image.bytes)

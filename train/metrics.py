@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import time
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,17 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 #: Keys of a line that measure the machine, not the training; everything else is the same in a resumed run.
-TIME_KEYS = ("samples_per_s", "data_wait", "memory_gib", "seconds")
+TIME_KEYS = ("samples_per_s", "data_wait", "memory_gib", "gpu_memory_gib", "seconds")
 
 
 class Metrics:
     """Logs steps to ``metrics.jsonl``, ``tensorboard/`` and the terminal; keeps the time between the logged steps.
 
-    A line holds the values of its own step (no running means), so that a resumed run writes the lines of an
-    unbroken one. Losses by task and layer are named ``task/layer/term``.
+    A line holds the values of its own step (no running means) and what was counted since the run began, so that a
+    resumed run writes the lines of an unbroken one. Losses by task and layer are named ``task/layer/term``.
+
+    Attributes:
+        counts: samples, samples_cut (at max_length) and answers_cut (that they lost), over all steps so far.
     """
 
-    def __init__(self, folder: Path, title: str, step: int, steps: int, quiet: bool = False):
+    def __init__(
+        self, folder: Path, title: str, step: int, steps: int, counts: dict[str, int] | None = None, quiet: bool = False
+    ):
         """Open the log of a run that has done `step` of `steps` steps; later lines, and a torn one, are dropped.
 
         Args:
@@ -30,13 +37,16 @@ class Metrics:
             title: shown before the bar.
             step: steps done so far.
             steps: steps in all.
+            counts: over the steps done so far; default: none.
             quiet: write nothing at all (every rank but the first).
         """
         self._quiet = quiet
         self._start = self._last = time.perf_counter()
         self._samples = self._total_samples = 0
         self._waited = self._total_waited = 0.0
-        self._step = step
+        self._first = self._step = step
+        self._steps = steps
+        self.counts = Counter(counts or {})
         if quiet:
             return
         self._file = folder / "metrics.jsonl"
@@ -50,15 +60,16 @@ class Metrics:
         self._bar = self._progress.add_task(title, total=steps, completed=step, line="")
         self._progress.start()
 
-    def advance(self, samples: int, waited: float) -> None:
+    def advance(self, counts: dict[str, int], waited: float) -> None:
         """Count a finished step.
 
         Args:
-            samples: in its global batch.
+            counts: of its global batch, named as in `counts`.
             waited: seconds this process has waited for data since it started.
         """
         self._step += 1
-        self._samples += samples
+        self.counts.update(counts)
+        self._samples += counts["samples"]
         self._waited = waited
         if not self._quiet:
             self._progress.update(self._bar, completed=self._step)
@@ -70,7 +81,7 @@ class Metrics:
         speed = {
             "samples_per_s": self._samples / elapsed,
             "data_wait": (self._waited - self._total_waited) / elapsed,
-            "memory_gib": _memory(),
+            **_memory(),
             "seconds": now - self._start,
         }
         self._total_samples += self._samples
@@ -78,26 +89,37 @@ class Metrics:
         self._samples, self._last = 0, now
         if self._quiet:
             return
-        line = {"step": step, **values, **speed}
+        told = {**values, **self.counts, **speed}
+        line = {"step": step} | {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in told.items()}
         with open(self._file, "a") as file:
-            file.write(json.dumps({k: v if k in ("step",) else float(f"{v:.8g}") for k, v in line.items()}) + "\n")
-        for key, value in {**values, **speed}.items():
+            file.write(json.dumps(line) + "\n")
+        for key, value in told.items():
             self._board.add_scalar(key, value, step)
         text = (
-            f"loss {values['loss']:.3f} text {values['text']:.3f}{_by_task(values)}"
+            f"loss {values['loss']:.3f} text {values['text']:.3f}{_by_task(values)}{self._cut()}"
             f"  {speed['samples_per_s']:.1f} samples/s  wait {speed['data_wait']:.0%}  {speed['memory_gib']:.1f} GiB"
+            + (f" + {speed['gpu_memory_gib']:.1f} GiB GPU" if "gpu_memory_gib" in speed else "")
         )
         self._progress.update(self._bar, line=text)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}  {text}", soft_wrap=True)
+            left = (now - self._start) / (self._step - self._first) * (self._steps - step)
+            self._console.print(
+                f"step {step:,}/{self._steps:,}  {text}  ETA {timedelta(seconds=round(left))}", soft_wrap=True
+            )
+
+    def _cut(self) -> str:
+        """The share of the samples that were cut, for the terminal; nothing where there are none."""
+        cut = self.counts["samples_cut"]
+        return f" cut {cut / self.counts['samples']:.1%}" if cut else ""
 
     def close(self) -> dict[str, float]:
-        """Close the files; the totals of this process: seconds of training, samples, samples_per_s, data_wait."""
+        """Close the files; the counts of the run, and samples_per_s and data_wait of this process."""
         seconds = max(self._last - self._start, 1e-9)
         if not self._quiet:
             self._progress.stop()
             self._board.close()
         return {
+            **self.counts,
             "samples_per_s": round(self._total_samples / seconds, 2),
             "data_wait": round(self._total_waited / seconds, 4),
         }
@@ -129,8 +151,9 @@ def _truncate(file: Path, step: int) -> None:
         os.fsync(out.fileno())
 
 
-def _memory() -> float:
-    """Peak memory of this process so far in GiB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def _memory() -> dict[str, float]:
+    """Peak memory of this process so far in GiB: resident, and of the GPU where there is one."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if not torch.cuda.is_available():
+        return {"memory_gib": resident}
+    return {"memory_gib": resident, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}

@@ -1,28 +1,33 @@
 """The pinned snapshot: exactly which samples, images and targets a run trains on (contract 3, promises 1, 7, 8).
 
-    snapshot.json       per tar: its hash, its usable samples, the hash of every commit used
+    tars.parquet        per tar: its hash, its usable samples; of every commit used, hash, size and time
+    snapshot.json       what was asked for, corpora and target sets by name, counts; written last
     left_out.parquet    every image that lacks something, and why
     group_keys.npy      one int64 per sample: images · 2³² + characters, for length grouping
 
 It is made once, before the first step; whoever resumes loads it and checks that corpus and store still are what was
-pinned. A corpus may have grown since: new tars are not in the snapshot and change nothing.
+pinned. That opens no tar and, where file sizes and times are the pinned ones, no commit: one listing of each target set
+is enough. A tar's index and commits are read, and compared once more, when a sample of it is first asked for. A corpus
+may have grown since: new tars are not in the snapshot and change nothing.
 """
 
 import json
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from olavlm.config import PipelineConfig, View
 from olavlm.data.atomic import replace
-from olavlm.data.corpus import Corpus, Tar, content_hash
-from olavlm.data.manifest import summaries
+from olavlm.data.corpus import Corpus, Tar, content_hash, read_parquet
+from olavlm.data.manifest import listed, summaries
 from olavlm.data.targets import TargetSet, TargetStore
 from olavlm.errors import OlaError
 from train.order import Ints
@@ -88,16 +93,6 @@ class Sample:
         return f"data {self.data}, tar {self.tar.name}, sample {self.key!r}"
 
 
-@dataclass(frozen=True)
-class _PinnedTar:
-    """A row of snapshot.json."""
-
-    name: str
-    hash: str
-    samples: int
-    commits: dict[str, str]  # task → hash of the commit file; tasks whose commit is not there are absent
-
-
 class _Table:
     """A tar's index joined with its commits, and the rows of its usable samples.
 
@@ -159,21 +154,21 @@ class Snapshot:
         self,
         corpora: dict[str, Corpus],
         targets: dict[str, dict[str, TargetSet]],
-        pinned: dict[str, list[_PinnedTar]],
+        pinned: pa.Table,
         group_keys: Ints,
         request: Request,
     ):
         self.corpora, self.targets, self._pinned, self.group_keys = corpora, targets, pinned, group_keys
         self.tasks, self._encoders = request.read, request.encoders
-        self._flat = [(name, tar) for name, tars in pinned.items() for tar in tars]
-        self._starts = np.cumsum([0, *(tar.samples for _, tar in self._flat)])
-        self._tables: OrderedDict[int, _Table] = OrderedDict()
+        self._starts = np.append(0, np.cumsum(pinned["samples"].to_numpy()))
+        self._tables: OrderedDict[int, tuple[str, Tar, _Table]] = OrderedDict()  # with the data's name
         self._lock = threading.Lock()
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Usable samples per data set."""
-        return tuple(sum(tar.samples for tar in tars) for tars in self._pinned.values())
+        of_data = (pc.equal(self._pinned["data"], name) for name in self.corpora)
+        return tuple(pc.sum(self._pinned.filter(rows)["samples"]).as_py() for rows in of_data)
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of ``[0, sum(sizes))``. Safe to call from many threads.
@@ -182,18 +177,22 @@ class Snapshot:
             OlaError: a commit is not the pinned one any more.
         """
         t = int(np.searchsorted(self._starts, number, side="right")) - 1
-        name, pinned = self._flat[t]
         with self._lock:
-            table = self._tables.get(t)
-            if table:
+            found = self._tables.get(t)
+            if found:
                 self._tables.move_to_end(t)
-        if table is None:
-            table = _load(self.corpora[name], self.targets[name], pinned, self._encoders)
+        if found is None:
+            (pinned,) = self._pinned.slice(t, 1).to_pylist()
+            data = pinned["data"]
+            corpus, targets = self.corpora[data], self.targets[data]
+            commits = {task: pinned[task] for task in targets}
+            found = data, corpus.tar(pinned["name"]), _load(corpus, targets, pinned["name"], commits, self._encoders)
             with self._lock:
-                self._tables[t] = table
+                self._tables[t] = found
                 if len(self._tables) > _TABLES:
                     self._tables.popitem(last=False)
-        return table.sample(name, self.corpora[name].tar(pinned.name), number - int(self._starts[t]))
+        data, tar, table = found
+        return table.sample(data, tar, number - int(self._starts[t]))
 
     @classmethod
     def open(cls, folder: Path, config: PipelineConfig, request: Request) -> "Snapshot":
@@ -208,12 +207,12 @@ class Snapshot:
         if not file.exists():
             _pin(folder, request, corpora, targets)
         saved = json.loads(file.read_text())["data"]
-        pinned = {name: [_PinnedTar(**tar) for tar in saved[name]["tars"]] for name in request.data}
+        pinned = read_parquet(folder / "tars.parquet", _schema(request.read))
         for name, corpus in corpora.items():
             if saved[name]["corpus_id"] != corpus.id:
                 then = saved[name]["corpus_id"]
                 raise OlaError(f"{file}: pinned corpus {then}, data.{name}.corpus is now {corpus.id}")
-            _check(file, corpus, targets[name], pinned[name])
+            _check(file, corpus, targets[name], pinned.filter(pc.equal(pinned["data"], name)))
         group_keys = np.load(folder / "group_keys.npy", mmap_mode="r")
         return cls(corpora, targets, pinned, group_keys, request)
 
@@ -257,25 +256,29 @@ def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: C
 def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: dict[str, dict[str, TargetSet]]) -> None:
     """Join every index with its commits, settle what is missing, and write the snapshot; snapshot.json comes last."""
     data: dict[str, Any] = {}
+    pinned: list[pa.Table] = []
     group_keys: list[Ints] = []
     left_out: list[dict[str, Any]] = []
     images = 0
     for name, corpus in corpora.items():
+        there = {task: listed(target) for task, target in targets[name].items()}  # before any of them is opened
         tars = []
         for tar in corpus.tars:
             files = {task: target.commit_file(tar) for task, target in targets[name].items()}
             commits = {task: content_hash(file.read_bytes()) for task, file in files.items() if file.exists()}
-            table = _load(corpus, targets[name], _PinnedTar(tar.name, tar.hash, 0, commits), request.encoders)
+            table = _load(corpus, targets[name], tar.name, commits, request.encoders)
             left_out += ({"data": name, "tar": tar.name, **row} for row in _missing(table, request.read))
             images += tar.images
             group_keys.append(table.group_keys())
-            tars.append(asdict(_PinnedTar(tar.name, tar.hash, len(table.starts), commits)))
+            row = {"data": name, "name": tar.name, "hash": tar.hash, "samples": len(table.starts)}
+            tars.append(row | commits)
+        pinned.append(_with_stamps(pa.Table.from_pylist(tars, _schema(request.read)), there))
         data[name] = {
             "corpus": str(corpus.path),
             "corpus_id": corpus.id,
+            "tars": len(tars),
             "samples": sum(tar["samples"] for tar in tars),
             "targets": {task: target.path.name for task, target in targets[name].items()},
-            "tars": tars,
         }
         if not data[name]["samples"]:
             _refuse_if_too_many(request, left_out, images)
@@ -284,6 +287,7 @@ def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: di
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "group_keys.npy", np.concatenate(group_keys))
     pq.write_table(pa.Table.from_pylist(left_out, LEFT_OUT_SCHEMA), folder / "left_out.parquet")
+    pq.write_table(pa.concat_tables(pinned), folder / "tars.parquet", compression="zstd")
     counts = {str(key): count for key, count in _count(left_out).items()}
     asked = {"tasks": request.tasks, "encoders": request.encoders, "view": request.view}
     content = {**asked, "images": images, "left_out": counts, "data": data}
@@ -330,20 +334,53 @@ def _refuse_if_too_many(request: Request, left_out: list[dict[str, Any]], images
             )
 
 
-def _check(file: Path, corpus: Corpus, targets: dict[str, TargetSet], pinned: list[_PinnedTar]) -> None:
-    """Raise if a pinned tar or commit is gone or changed."""
-    tars = {tar.name: tar for tar in corpus.tars}
-    for pin in pinned:
-        tar = tars.get(pin.name)
-        if tar is None or tar.hash != pin.hash:
-            found = f"hash {tar.hash}" if tar else "gone"
-            raise OlaError(f"{file}: pinned tar {pin.name} of {corpus.path} with hash {pin.hash}, now it is {found}")
+def _schema(tasks: tuple[str, ...]) -> pa.Schema:
+    """Of tars.parquet; the columns of a task are null where its commit was not there."""
+    of_tasks = [
+        field
+        for task in tasks
+        for field in ((task, pa.string()), (f"{task}_bytes", pa.int64()), (f"{task}_time", pa.int64()))
+    ]
+    return pa.schema(
+        [("data", pa.string()), ("name", pa.string()), ("hash", pa.string()), ("samples", pa.int64()), *of_tasks]
+    )
+
+
+def _stamps(pinned: pa.Table, there: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Size and time of the pinned tars' commit files in a listing of them; null where there is none."""
+    found = there.take(pc.index_in(pinned["name"], there["tar"]))
+    return found["file_bytes"], found["file_time"]
+
+
+def _with_stamps(pinned: pa.Table, there: dict[str, pa.Table]) -> pa.Table:
+    """Rows of tars.parquet with sizes and times from a listing, per task, that is older than their hashes."""
+    for task, listing in there.items():
+        for column, values in zip((f"{task}_bytes", f"{task}_time"), _stamps(pinned, listing), strict=True):
+            pinned = pinned.set_column(pinned.schema.get_field_index(column), column, values)
+    return pinned
+
+
+def _check(file: Path, corpus: Corpus, targets: dict[str, TargetSet], pinned: pa.Table) -> None:
+    """Raise if a pinned tar or commit is gone or changed; opens the commits only whose files are not as pinned."""
+    names, hashes = (pa.array([getattr(tar, key) for tar in corpus.tars], pa.string()) for key in ("name", "hash"))
+    now = hashes.take(pc.index_in(pinned["name"], names))
+    other = pc.invert(pc.fill_null(pc.equal(now, pinned["hash"]), False))
+    if pc.any(other).as_py():
+        row, digest = pinned.filter(other).slice(0, 1).to_pylist()[0], now.filter(other)[0].as_py()
+        raise OlaError(
+            f"{file}: pinned tar {row['name']} of {corpus.path} with hash {row['hash']}, "
+            f"now it is {f'hash {digest}' if digest else 'gone'}"
+        )
     for task, target in targets.items():
-        there = summaries(target, [tars[pin.name] for pin in pinned])["content"].to_pylist()
-        for pin, found in zip(pinned, there, strict=True):
-            digest = pin.commits.get(task)
-            if digest not in (None, found) and not target.superseded_file(tars[pin.name], digest).exists():
-                raise _unusable(target, tars[pin.name], digest)
+        committed = pinned.filter(pc.is_valid(pinned[task]))
+        size, time = _stamps(committed, listed(target))
+        same = pc.and_(pc.equal(size, committed[f"{task}_bytes"]), pc.equal(time, committed[f"{task}_time"]))
+        touched = committed.filter(pc.invert(pc.fill_null(same, False)))
+        tars = [corpus.tar(name) for name in touched["name"].to_pylist()]
+        found = summaries(target, tars)["content"].to_pylist() if tars else []
+        for tar, digest, content in zip(tars, touched[task].to_pylist(), found, strict=True):
+            if digest != content and not target.superseded_file(tar, digest).exists():
+                raise _unusable(target, tar, digest)
 
 
 def _unusable(target: TargetSet, tar: Tar, digest: str) -> OlaError:
@@ -361,12 +398,20 @@ def _unusable(target: TargetSet, tar: Tar, digest: str) -> OlaError:
     )
 
 
-def _load(corpus: Corpus, targets: dict[str, TargetSet], pinned: _PinnedTar, encoders: tuple[str, ...]) -> _Table:
+def _load(
+    corpus: Corpus,
+    targets: dict[str, TargetSet],
+    name: str,
+    pinned: Mapping[str, str | None],
+    encoders: tuple[str, ...],
+) -> _Table:
     """A tar's index and pinned commits, which must agree row by row on key, image index and image hash (promise 1)."""
-    tar = corpus.tar(pinned.name)
+    tar = corpus.tar(name)
     index = corpus.index(tar)
     commits = {}
-    for task, digest in pinned.commits.items():
+    for task, digest in pinned.items():
+        if digest is None:  # it was not committed
+            continue
         commit = targets[task].commit(tar, digest)
         if commit is None:
             raise _unusable(targets[task], tar, digest)
@@ -383,6 +428,8 @@ def _difference(index: pa.Table, commit: pa.Table) -> str | None:
     if len(index) != len(commit):
         return f"{len(index)} rows in the index, {len(commit)} in the commit"
     for column in ("key", "image_index", "image_hash"):
+        if index[column].equals(commit[column]):
+            continue
         for row, (here, there) in enumerate(zip(index[column].to_pylist(), commit[column].to_pylist(), strict=True)):
             if here != there:
                 sample = f"sample {index['key'][row]}, image {index['image_index'][row]}"

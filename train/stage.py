@@ -47,6 +47,12 @@ def run(config: PipelineConfig, stage: str) -> None:
         summary = _train(config, stage, settings, folder, world)
         if world.rank == 0:
             runs.finish(folder, summary)
+            if summary["samples_cut"]:
+                Console().print(
+                    f"{stage}: {summary['samples_cut']:,} of {summary['samples']:,} samples were cut at max_length "
+                    f"{settings.max_length:,}; {summary['answers_cut']:,} answers were lost",
+                    soft_wrap=True,
+                )
         world.barrier()
     finally:
         world.leave()
@@ -76,7 +82,7 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         parts = student.trainable(model, stage)
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
     optimizer = _optimizer(parts, stage, world.device)
-    done = checkpoint.resume(folder / "checkpoints", parameters, optimizer)
+    done, counts = checkpoint.resume(folder / "checkpoints", parameters, optimizer, world)
 
     loader = Loader(
         snapshot,
@@ -89,17 +95,17 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
         pin_memory=world.device.type == "cuda",
     )
     objective = Objective(weights, stage.contrastive, student.autocast(stage))
-    log = metrics.Metrics(folder, name, done, steps, quiet=world.rank > 0)
+    log = metrics.Metrics(folder, name, done, steps, counts, quiet=world.rank > 0)
     try:
         _loop(stage, config.seed, model, parameters, optimizer, loader, objective, log, folder / "checkpoints", world)
     finally:
-        speed = log.close()
+        told = log.close()
     if adapters:
         adapters.merge_and_unload()
     export(model, processor, folder / "model", stage, world)
     if world.rank > 0:
         return {}
-    return _summary(folder, model, parts, steps, order, speed)
+    return _summary(folder, model, parts, steps, told)
 
 
 def _loop(
@@ -124,16 +130,15 @@ def _loop(
             terms, losses = accumulate(model, batches, objective, world)  # forward, loss, backward
             world.sum_gradients(list(parameters.values()))
             norm = sharding.clip_gradients(list(parameters.values()), stage.clip)
-            values, stopping = _reduce({**terms, "samples": _samples(batches, world)}, stop.asked, world)
-            samples = round(values.pop("samples"))
+            values, counts, stopping = _reduce(terms, _counts(batches), stop.asked, world)
             values |= {"lr": _set_rate(optimizer, stage, step, steps), "grad_norm": float(norm)}
-            _check_finite(step, values, losses, batches)
+            _check_finite(step, values, losses, batches, checkpoints)
             optimizer.step()
-            log.advance(samples, loader.waited)
+            log.advance(counts, loader.waited)
             if step == 0 or _due(step + 1, stage.log_every, steps):
                 log.log(step + 1, values)
             if stopping or _due(step + 1, stage.checkpoint_every, steps):
-                checkpoint.save(checkpoints, step + 1, parameters, optimizer, stage.keep, world)
+                checkpoint.save(checkpoints, step + 1, log.counts, parameters, optimizer, stage.keep, world)
             if stopping and step + 1 < steps:
                 raise KeyboardInterrupt
 
@@ -206,29 +211,41 @@ def _set_rate(optimizer: torch.optim.Optimizer, stage: StageConfig, step: int, s
     return stage.lr * factor
 
 
-def _samples(batches: list[MicroBatch], world: World) -> Tensor:
-    """How many samples this rank trained on."""
-    return torch.tensor(float(sum(len(batch.keys) for batch in batches)), device=world.device)
+def _counts(batches: list[MicroBatch]) -> checkpoint.Counts:
+    """What this rank trained on: samples, those of them cut at max_length, the answers that they lost."""
+    cut = [lost for batch in batches for lost in batch.answers_cut if lost]
+    return {
+        "samples": sum(len(batch.keys) for batch in batches),
+        "samples_cut": len(cut),
+        "answers_cut": sum(cut),
+    }
 
 
-def _reduce(terms: dict[str, Tensor], stop: bool, world: World) -> tuple[dict[str, float], bool]:
-    """The terms summed over the ranks, and whether any rank was asked to stop, in one collective."""
-    flat = torch.stack([*terms.values(), torch.tensor(float(stop), device=world.device)])
-    *values, stopping = world.sum(flat).tolist()
-    return dict(zip(terms, values, strict=True)), stopping > 0
+def _reduce(
+    terms: dict[str, Tensor], counts: checkpoint.Counts, stop: bool, world: World
+) -> tuple[dict[str, float], checkpoint.Counts, bool]:
+    """Terms and counts summed over the ranks, and whether any rank was asked to stop, in one collective."""
+    numbers = torch.tensor([*counts.values(), stop], dtype=torch.float32, device=world.device)
+    *summed, stopping = world.sum(torch.cat([torch.stack([*terms.values()]), numbers])).tolist()
+    found = dict(zip((*terms, *counts), summed, strict=True))
+    return {name: found[name] for name in terms}, {name: round(found[name]) for name in counts}, stopping > 0
 
 
-def _check_finite(step: int, values: dict[str, float], losses: list[Tensor], batches: list[MicroBatch]) -> None:
-    """Raise if the loss or the gradient is not finite, naming this rank's samples whose loss is not."""
+def _check_finite(
+    step: int, values: dict[str, float], losses: list[Tensor], batches: list[MicroBatch], checkpoints: Path
+) -> None:
+    """Raise if the loss or the gradient is not finite, naming this rank's samples that may be the reason."""
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if not wrong:
         return
     filled = [batch for batch in batches if batch.keys]
-    keys = [key for b, loss in zip(filled, losses, strict=True) if not math.isfinite(loss) for key in b.keys]
-    among = f"; among: {'; '.join(keys[:8])}{' …' if len(keys) > 8 else ''}" if keys else ""
+    finite = math.isfinite(values["loss"])  # then the gradient is not, and any sample may be the reason
+    keys = [key for b, loss in zip(filled, losses, strict=True) if finite or not math.isfinite(loss) for key in b.keys]
+    among = f"; among: {'; '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}" if keys else ""
+    before = checkpoint.complete(checkpoints)
     raise OlaError(
-        f"step {step + 1}: {', '.join(wrong)} not finite{among}; "
-        "the parameters were not changed, and no checkpoint of this step was written"
+        f"step {step + 1}: {', '.join(wrong)} not finite{among}; the parameters were not changed; "
+        + (f"the checkpoint before is {checkpoints / f'step-{before[-1]}'}" if before else "there is no checkpoint yet")
     )
 
 
@@ -247,10 +264,9 @@ def _summary(
     model: OlaVlmForConditionalGeneration,
     parts: student.Parts,
     steps: int,
-    order: Order,
-    speed: dict[str, float],
+    told: dict[str, float],
 ) -> dict[str, Any]:
-    """What done.json tells of a training."""
+    """What done.json tells of a training; `told` is what its metrics add up to."""
     lines = metrics.read(folder)
     gpu = (
         {"peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
@@ -258,11 +274,9 @@ def _summary(
         else {}
     )
     first, final = ({k: v for k, v in ln.items() if k in ("loss", "text") or "/" in k} for ln in (lines[0], lines[-1]))
-    epochs, rest = divmod(steps, order.epoch_batches)
     return {
         "steps": steps,
-        "samples": epochs * order.epoch_samples + min(rest * order.global_batch, order.epoch_samples),
-        **speed,
+        **told,
         **gpu,
         "first": first,
         "final": final,

@@ -53,7 +53,7 @@ def summaries(target: TargetSet, tars: Sequence[TarId]) -> pa.Table:
         OlaError: a commit that is not in the manifest cannot be read.
     """
     names = pa.array([tar.name for tar in tars], pa.string())
-    there = _listing(target)
+    there = listed(target)
     found = _summarize(target, there.filter(pc.is_in(there["tar"], names)))
     aligned = found.take(pc.index_in(names, found["tar"]))
     valid = pc.fill_null(pc.equal(aligned["tar_hash"], pa.array([tar.hash for tar in tars], pa.string())), False)
@@ -72,7 +72,7 @@ def compact(target: TargetSet, progress: Progress = lambda batches: batches) -> 
     Returns:
         The number of commits in it.
     """
-    table = _summarize(target, _listing(target), progress).sort_by("tar")
+    table = _summarize(target, listed(target), progress).sort_by("tar")
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue().to_pybytes()
@@ -87,8 +87,8 @@ def manifest_file(target: TargetSet) -> AnyPath:
     return target.path / "manifest.parquet"
 
 
-def _listing(target: TargetSet) -> pa.Table:
-    """Every commit file: the tar's name, and the file's stamp."""
+def listed(target: TargetSet) -> pa.Table:
+    """Every commit file as its folder lists it, none of them opened: ``tar``, ``file_bytes``, ``file_time``."""
     files = [file for file in listing(target.path / "commits") if file.name.endswith(_COMMIT) and file.name[0] != "."]
     names = [file.name.removesuffix(_COMMIT) for file in files]
     sizes, times = [file.size for file in files], [file.time for file in files]

@@ -89,6 +89,14 @@ class _Answer(NamedTuple):
     turn_end: int  # behind the white space after that
 
 
+class Encoded(NamedTuple):
+    """A conversation as training sample."""
+
+    input_ids: Tensor  # (L,) int64
+    labels: Tensor  # (L,) int64, −100 outside the answers
+    answers_cut: int  # answers that `max_length` left out, or left the beginning of
+
+
 class OlaVlmProcessor(ProcessorMixin):
     """Expands every ``<image>`` into image, encoder and task tokens inside the language model's own chat template.
 
@@ -170,7 +178,7 @@ class OlaVlmProcessor(ProcessorMixin):
         """
         return self._render(_messages(turns), reply=True)
 
-    def encode_conversation(self, turns: Sequence[dict[str, str]], max_length: int) -> tuple[Tensor, Tensor]:
+    def encode_conversation(self, turns: Sequence[dict[str, str]], max_length: int) -> Encoded:
         """A conversation as training sample: only the answers, each with the special token that ends it, are learned.
 
         What the template writes between a prompt and the answer (Qwen3's empty thoughts before the last one) is part
@@ -185,7 +193,7 @@ class OlaVlmProcessor(ProcessorMixin):
             max_length: most tokens, image and task tokens included.
 
         Returns:
-            ``input_ids`` and ``labels``, both (L,) int64; labels are −100 outside the answers.
+            Token ids, labels, and how many answers were lost in the cut.
 
         Raises:
             OlaError: no answer, an unknown speaker, task tokens in the text, a question that leaves no room for its
@@ -216,7 +224,7 @@ class OlaVlmProcessor(ProcessorMixin):
         if all(label == IGNORE for label in learned):
             first_label = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
             raise OlaError(f"max_length: {max_length}; the first question alone takes {first_label} tokens")
-        return torch.tensor(kept), torch.tensor(learned)
+        return Encoded(torch.tensor(kept), torch.tensor(learned), len(ends) - len(fitting))
 
     def images_in(self, input_ids: Tensor) -> int:
         """How many images a sequence of token ids has room for."""

@@ -139,6 +139,7 @@ def test_a_conversation_cut_before_an_image_needs_fewer_images(
     whole = make_loader(world).read(np.array([6]))
     cut = make_loader(world, max_length=40).read(np.array([6]))
     assert (len(whole.pixel_values), len(cut.pixel_values)) == (2, 1)
+    assert (whole.answers_cut, cut.answers_cut) == ([0], [1])
     assert torch.equal(whole.targets["gen"].values[:1], cut.targets["gen"].values)
 
 

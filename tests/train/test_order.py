@@ -1,10 +1,13 @@
 """Promise 4: the order is a pure, keyed permutation, whatever the ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train import order as orders
 from train.order import MEGABATCH, RUN, Order, permute, quotas, rank_share
 
 sizes = st.integers(1, 300)
@@ -83,6 +86,69 @@ def test_promise_4_ordered_a_batch_is_the_same_evaluated_alone_or_with_its_neigh
     alone = [order.sample_at(1, np.array([position]))[0] for position in range(first, min(n, first + 3 * batch))]
     assert list(together) == alone
     assert len(set(alone)) == len(alone)
+
+
+@st.composite
+def any_order(draw: st.DrawFn) -> Order:
+    """Several data sets or one, weighted or not, fully random or in windows, grouped or not."""
+    counts = tuple(draw(st.lists(st.integers(1, 900), min_size=1, max_size=3)))
+    weights = draw(st.none() | st.lists(st.floats(0.1, 10), min_size=len(counts), max_size=len(counts)))
+    keys = np.random.default_rng(0).integers(0, 500, sum(counts)) if draw(st.booleans()) else None
+    return Order(counts, quotas(counts, weights), draw(seeds), draw(st.integers(1, 64)), keys, draw(windows))
+
+
+@given(order=any_order(), at=st.lists(st.floats(0, 1), min_size=2, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_promise_4_ordered_a_restart_anywhere_comes_to_the_same_batches(order: Order, at: list[float]) -> None:
+    steps = [int(where * (3 * order.epoch_batches - 1)) for where in at]
+    before = {step: order.batch(step) for step in range(max(steps) + 1)}
+    for step in steps:
+        afresh = replace(order)  # a process that has drawn nothing yet
+        assert list(afresh.batch(step)) == list(before[step])
+        last = step % order.epoch_batches == order.epoch_batches - 1
+        assert len(before[step]) == (order.epoch_samples - 1) % order.global_batch + 1 if last else order.global_batch
+
+
+@given(order=any_order())
+@settings(max_examples=40, deadline=None)
+def test_epochs_are_shuffled_anew(order: Order) -> None:
+    one, other = (order.sample_at(epoch, np.arange(order.epoch_samples)) for epoch in (1, 2))
+    assert order.epoch_samples < 20 or (one != other).mean() > 0.5
+
+
+@pytest.mark.parametrize("window", [None, 2**16])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_promise_5_resumable_at_step_a_million_of_a_billion_samples_costs_as_at_step_one(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, grouped: bool
+) -> None:
+    """Counted, not timed: the numbers that are mixed to draw the first batch after a restart."""
+    n, mixed, real = 10**9, 0, orders._mix
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        nonlocal mixed
+        mixed += x.size
+        return real(x)
+
+    monkeypatch.setattr(orders, "_mix", mix)
+    costs = []
+    for step in (1, 10**6):
+        keys = np.broadcast_to(np.int64(7), n) if grouped else None
+        mixed = 0
+        plain(n, 256, group_keys=keys, window=window).batch(step)
+        costs.append(mixed)
+    assert costs[1] <= 1.2 * costs[0] <= 5_000_000
+
+
+@given(share=st.floats(0.02, 0.98), batch=st.integers(2, 32), seed=seeds)
+@settings(max_examples=40, deadline=None)
+def test_grouped_batches_hold_one_modality_but_for_one_of_a_megabatch(share: float, batch: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    n = MEGABATCH * batch * 2
+    keys = ((draw.random(n) < share).astype(np.int64) << 32) | draw.integers(0, 2000, n)  # as the snapshot has them
+    order = plain(n, batch, seed, keys)
+    for megabatch in range(2):
+        steps = range(megabatch * MEGABATCH, (megabatch + 1) * MEGABATCH)
+        assert sum(len(np.unique(keys[order.batch(step)] >> 32)) > 1 for step in steps) <= 1
 
 
 def test_windows_hold_whole_runs_of_neighbours_and_are_shuffled_inside() -> None:

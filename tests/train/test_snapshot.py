@@ -1,6 +1,7 @@
 """What a run may train on: promises 1 (key-checked), 7 (identity), 8 (nothing lost in silence)."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,51 @@ def test_a_grown_corpus_does_not_change_a_pinned_run(own_world: Any, tmp_path: P
 def test_without_tasks_no_store_is_opened(own_world: Any, tmp_path: Path) -> None:
     (own_world.folder / "targets" / "store.json").unlink()
     assert Snapshot.open(tmp_path, own_world.config(), TEXT).sample(0).images[0].targets == {}
+
+
+def test_promise_5_resumable_opening_a_pinned_snapshot_opens_no_index_no_commit_and_no_tar(
+    own_world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read, and compared with what was pinned, when a sample of a tar is first asked for."""
+    Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    opened: list[Path] = []
+    read_bytes = Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        opened.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    snapshot = Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    assert {path.name for path in opened} == {"tars.parquet"}  # the corpus's and the run's
+    opened.clear()
+    snapshot.sample(11)
+    assert sorted(path.parent.name for path in opened) == ["commits", "index"]
+    assert {path.stem for path in opened} == {own_world.corpus().tars[1].name}
+
+
+def test_a_store_that_was_copied_is_what_was_pinned(own_world: Any, tmp_path: Path) -> None:
+    """Its files have other times: they are opened, and found to say the same."""
+    Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    for file in own_world.target_set("depth").path.glob("commits/*"):
+        os.utime(file, (0, 0))
+    assert Snapshot.open(tmp_path, own_world.config(), DEPTH).sizes == (24,)
+
+
+def test_a_commit_changed_behind_the_files_time_is_refused_when_it_is_used(own_world: Any, tmp_path: Path) -> None:
+    Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    file = own_world.target_set("depth").commit_file(own_world.corpus().tars[0])
+    data, stat = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    snapshot = Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    with pytest.raises(OlaError, match="changed since the run was pinned"):
+        snapshot.sample(0)
+
+
+def test_a_commit_that_is_gone_is_refused_on_resume(own_world: Any, tmp_path: Path) -> None:
+    Snapshot.open(tmp_path, own_world.config(), DEPTH)
+    own_world.target_set("depth").commit_file(own_world.corpus().tars[1]).unlink()
+    with pytest.raises(OlaError, match="now gone"):
+        Snapshot.open(tmp_path, own_world.config(), DEPTH)

@@ -175,9 +175,52 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(
         return terms, losses
 
     monkeypatch.setattr(stages, "accumulate", accumulate)
-    with pytest.raises(OlaError, match=r"step 3: loss not finite; among: data all, tar \d+, sample 's\d+'"):
+    with pytest.raises(OlaError, match=r"step 3: loss not finite; among: data all, tar \d+, sample 's\d+'") as caught:
         run(world.config(f"run_dir={tmp_path}"), "pretrain")
-    assert complete(tmp_path / "pretrain" / "checkpoints") == [2]
+    before = tmp_path / "pretrain" / "checkpoints" / "step-2"
+    assert str(caught.value).endswith(f"the checkpoint before is {before}")
+    assert str(caught.value).count("sample 's") == 4  # those of the micro-batch, of two
+    assert complete(before.parent) == [2]
+
+
+def test_a_gradient_that_is_not_finite_names_every_sample_it_may_come_from(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.sharding, "clip_gradients", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(
+        OlaError, match=r"step 1: grad_norm not finite; among: .*; there is no checkpoint yet"
+    ) as caught:
+        run(world.config(f"run_dir={tmp_path}"), "pretrain")
+    assert str(caught.value).count("sample 's") == 8
+
+
+def test_promise_8_nothing_lost_in_silence_what_is_cut_at_max_length_is_counted(
+    world: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    at_step: Callable[[int, Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the metrics, in done.json and in a last line; also over a stop, and whatever the micro-batches."""
+    lengths = ("stages.pretrain.max_length=50", "stages.pretrain.log_every=2")  # too short for s06, s13 and s20
+    run(world.config(f"run_dir={tmp_path}/whole", *lengths), "pretrain")
+    last = capsys.readouterr().out.splitlines()[-1]
+    done = runs.finished(tmp_path / "whole" / "pretrain")
+    assert done is not None
+    assert (done["samples"], done["samples_cut"], done["answers_cut"]) == (48, 6, 6)  # two epochs
+    assert last == "pretrain: 6 of 48 samples were cut at max_length 50; 6 answers were lost"
+    config = world.config(f"run_dir={tmp_path}/broken", *lengths, "stages.pretrain.micro_batch=1")
+    at_step(3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, "pretrain")
+    monkeypatch.undo()
+    run(config, "pretrain")
+    counted = [
+        [(line["samples"], line["samples_cut"], line["answers_cut"]) for line in read(tmp_path / name / "pretrain")]
+        for name in ("whole", "broken")
+    ]
+    assert counted[0] == counted[1]
+    assert counted[0][-1] == (48, 6, 6)
 
 
 def test_a_full_disk_while_checkpointing_leaves_the_older_ones(

@@ -558,7 +558,7 @@ def test_the_published_conversation_is_the_chat_template(tower: str, phi3: str, 
         "\n<|assistant|>\nthis<|end|>\n<|user|>\nis<|end|>\n<|assistant|>\n"
     )
     assert processor.prompt([{"from": "system", "value": "red"}, *TURNS]).startswith("<s><|system|>\nred<|end|>\n")
-    _, labels = processor.encode_conversation(TURNS, max_length=100)
+    _, labels, _ = processor.encode_conversation(TURNS, max_length=100)
     learned = processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
     assert learned == ["this", "<|end|>"]
     ends = OlaVlmForConditionalGeneration.from_pretrained(tmp_path / "ours").generation_config.eos_token_id

@@ -35,16 +35,16 @@ def batch(
         processor.encode_conversation([{"from": "human", "value": q}, {"from": "gpt", "value": "a red cube"}], 500)
         for q in questions
     ]
-    length = max(len(ids) for ids, _ in rows) + extra
+    length = max(len(row.input_ids) for row in rows) + extra
 
     def pad(row: Tensor, value: int) -> Tensor:
         padding = row.new_full((length - len(row),), value)
         return torch.cat([padding, row] if left else [row, padding])
 
     return {
-        "input_ids": torch.stack([pad(ids, 0) for ids, _ in rows]),
-        "labels": torch.stack([pad(labels, -100) for _, labels in rows]),
-        "attention_mask": torch.stack([pad(torch.ones_like(ids), 0) for ids, _ in rows]),
+        "input_ids": torch.stack([pad(row.input_ids, 0) for row in rows]),
+        "labels": torch.stack([pad(row.labels, -100) for row in rows]),
+        "attention_mask": torch.stack([pad(torch.ones_like(row.input_ids), 0) for row in rows]),
         "pixel_values": processor.pixel_values(images),
     }
 

@@ -40,7 +40,9 @@ def processor(make_student: Callable[..., Student]) -> OlaVlmProcessor:
 
 
 def test_every_image_becomes_image_tokens_and_task_tokens_in_order(processor: OlaVlmProcessor) -> None:
-    ids, labels = processor.encode_conversation(talk("<image> what is this", "a cube", "<image> this", "a ball"), 500)
+    ids, labels, _ = processor.encode_conversation(
+        talk("<image> what is this", "a cube", "<image> this", "a ball"), 500
+    )
     names = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
     block = ["<image>"] * 16 + [f"<{task}_{i}>" for task, n in (("gen", 2), ("depth", 4), ("seg", 4)) for i in range(n)]
     assert names[: 3 + BLOCK + 3] == ["<s>", "USER", ":", *block, "what", "is", "this"]
@@ -50,7 +52,7 @@ def test_every_image_becomes_image_tokens_and_task_tokens_in_order(processor: Ol
 
 
 def test_only_answers_and_what_ends_them_are_learned(processor: OlaVlmProcessor) -> None:
-    _, labels = processor.encode_conversation(talk("<image> what is this", "a cube", "what", "a ball"), 500)
+    _, labels, _ = processor.encode_conversation(talk("<image> what is this", "a cube", "what", "a ball"), 500)
     assert learned(processor, labels) == "a cube </s> a ball </s>"
 
 
@@ -58,7 +60,7 @@ def test_a_template_of_the_language_models_own(make_language_model: Callable[...
     from olavlm.model import build_student
 
     _, processor = build_student(tower, make_language_model(chat_template=CHATML), [])
-    ids, labels = processor.encode_conversation(talk("what", "a cube", "this", "one two"), 500)
+    ids, labels, _ = processor.encode_conversation(talk("what", "a cube", "this", "one two"), 500)
     assert learned(processor, labels) == "a cube </s> one two </s>"
     prompt = processor(text=processor.prompt(talk("what")))["input_ids"][0]
     assert_close(prompt, ids[: len(prompt)])  # a reply continues exactly what training showed
@@ -76,18 +78,20 @@ def test_answers_that_cannot_be_told_from_questions_are_refused(
 
 def test_long_conversations_are_cut_at_a_turn(processor: OlaVlmProcessor) -> None:
     turns = talk("<image> what", "a cube", "what is this", "a red ball", "this", "one")
-    whole, _ = processor.encode_conversation(turns, 500)
-    shorter, labels = processor.encode_conversation(turns, len(whole) - 1)
-    two, _ = processor.encode_conversation(turns[:4], 500)
+    whole, _, _ = processor.encode_conversation(turns, 500)
+    shorter, labels, lost = processor.encode_conversation(turns, len(whole) - 1)
+    two, _, _ = processor.encode_conversation(turns[:4], 500)
     assert_close(shorter, two)
     assert learned(processor, labels) == "a cube </s> a red ball </s>"
+    assert lost == 1
 
 
 def test_a_first_answer_that_does_not_fit_is_cut_inside(processor: OlaVlmProcessor) -> None:
     turns = talk("<image> what", "a red cube and a blue ball", "this", "one")
     question = len(processor(text=processor.prompt(turns[:1]), images=[Image.new("RGB", (8, 8))])["input_ids"][0])
-    ids, labels = processor.encode_conversation(turns, question + 2)
+    ids, labels, lost = processor.encode_conversation(turns, question + 2)
     assert len(ids) == question + 2
+    assert lost == 2  # what is cut inside counts
     assert learned(processor, labels) == "a red"
     with pytest.raises(OlaError, match=f"max_length: {question}; the first question alone takes {question} tokens"):
         processor.encode_conversation(turns, question)
@@ -102,14 +106,16 @@ def test_a_first_answer_that_does_not_fit_is_cut_inside(processor: OlaVlmProcess
 )
 def test_a_cut_conversation_is_a_prefix(processor: OlaVlmProcessor, answers: list[list[str]], room: int) -> None:
     turns = talk(*(text for i, a in enumerate(answers) for text in ("what" if i else "<image> what", " ".join(a))))
-    whole, labels = processor.encode_conversation(turns, 10_000)
-    cut, cut_labels = processor.encode_conversation(turns, room)
+    whole, labels, _ = processor.encode_conversation(turns, 10_000)
+    cut, cut_labels, lost = processor.encode_conversation(turns, room)
     assert 0 < len(cut) <= room
     assert_close(cut, whole[: len(cut)])
     assert_close(cut_labels, labels[: len(cut)])
     trained = labels != -100
     assert_close(labels[trained], whole[trained])
     assert int(trained.sum()) == sum(len(a) + 1 for a in answers)
+    ends = np.cumsum([len(a) + 1 for a in answers])
+    assert lost == int((ends > int((cut_labels != -100).sum())).sum())
 
 
 @pytest.mark.parametrize(
@@ -130,8 +136,8 @@ def test_conversations_that_make_no_sample_are_refused(
 
 
 def test_a_question_left_open_at_the_end_is_left_out(processor: OlaVlmProcessor) -> None:
-    answered, _ = processor.encode_conversation(talk("what", "a cube"), 100)
-    open_end, _ = processor.encode_conversation(talk("what", "a cube", "this"), 100)
+    answered, _, _ = processor.encode_conversation(talk("what", "a cube"), 100)
+    open_end, _, _ = processor.encode_conversation(talk("what", "a cube", "this"), 100)
     assert_close(open_end, answered)
 
 
@@ -218,7 +224,7 @@ def test_round_trip(make_student: Callable[..., Student], images: list[Image.Ima
     assert again.chat_template == processor.chat_template
     turns = talk("<image> what is this", "a cube")
     for got, expected in zip(
-        again.encode_conversation(turns, 100), processor.encode_conversation(turns, 100), strict=True
+        again.encode_conversation(turns, 100)[:2], processor.encode_conversation(turns, 100)[:2], strict=True
     ):
         assert_close(got, expected)
     assert_close(again.pixel_values(images), processor.pixel_values(images))
