@@ -92,6 +92,7 @@ def _add_parameters(
     trained = sum(trains.values())
     frozen = sum(p.numel() for p in model.parameters()) - trained
     table.add_row("trained parameters", f"{trained:,}")
+    table.add_row("each checkpoint", human_bytes(trained * 12))  # fp32 with AdamW's two moments
     tasks = [config.teachers[task] for task, weight in stage.losses.items() if weight]
     candidates = stage.global_batch * sum(4 * t.tokens * t.width for t in tasks)
     memory = {"frozen": frozen * _bytes(stage), "trained, gradients and AdamW": trained * 16, "candidates": candidates}

@@ -1,5 +1,6 @@
 """--dry-run tells what can be known."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def test_with_the_parts_there_parameters_are_counted(
     for expected in ("24 (counted)", "projector", "1,600 trained", "vision_tower", "memory per device"):
         assert expected in text
     plan(world.config(f"run_dir={tmp_path}", "stages.finetune.lora={rank: 2, layers: [q_proj]}"), "finetune")
-    assert ", 256 of adapters trained" in capsys.readouterr().out  # 2 layers · 2 · (32 + 32)
+    text = capsys.readouterr().out
+    assert ", 256 of adapters trained" in text  # 2 layers · 2 · (32 + 32)
+    assert re.search(r"each checkpoint.* 22\.3 kB", text)  # of them, and of the projector's 1,600, 12 bytes each
     plan(config, "probe")
     assert "initial, pretrain" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
