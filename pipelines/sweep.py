@@ -139,17 +139,23 @@ def collect(chosen: list[Setting]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """The rows as a table, one column per metric that any of them has."""
+    """The rows as columns, one line per metric that any of them has; in several tables where one would be too wide."""
     metrics = list(dict.fromkeys(name for row in rows for name in row["mean"]))
-    table = Table("setting", "seeds", *metrics)
-    for row in rows:
-        cells = []
+    names = [escape(_name(row["values"])) or "as it is" for row in rows]
+    beside = max(1, (console.width - 22) // (max(map(len, [*names, "0.000 ± 0.000"])) + 3))
+    for start in range(0, len(rows), beside):
+        some = rows[start : start + beside]
+        table = Table("setting", *names[start : start + beside])
+        table.add_row("seeds", *(str(row["seeds"]) for row in some))
         for name in metrics:
-            error = row["stderr"].get(name)
-            value = f"{row['mean'][name]:.3f}" if name in row["mean"] else "–"
-            cells.append(value if error is None else f"{value} ± {error:.3f}")
-        table.add_row(escape(_name(row["values"])) or "as it is", str(row["seeds"]), *cells)
-    console.print(table)
+            table.add_row(name, *(_cell(row["mean"].get(name), row["stderr"].get(name)) for row in some))
+        console.print(table)
+
+
+def _cell(mean: float | None, error: float | None) -> str:
+    if mean is None:
+        return "–"
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 
 def _metrics(setting: Setting) -> tuple[Metrics, Metrics]:

@@ -1,15 +1,17 @@
 """Sweeps: every combination once, stages in common trained once, seeds joined in the table."""
 
+import io
 import json
 import os
 
 import pytest
+from rich.console import Console
 
 from olavlm import runs
 from olavlm.config import load_pipeline
 from olavlm.errors import OlaError
 from pipelines import runner
-from pipelines.sweep import sweep
+from pipelines.sweep import show, sweep
 
 
 @pytest.fixture
@@ -111,3 +113,19 @@ def test_a_setting_is_called_what_it_is_whatever_brackets_it_has(started, tmp_pa
     assert sweep("multi-encoder", overrides, [("student.encoders", ["[]", "[depth]"])]) == 0
     out = capsys.readouterr().out
     assert out.count("encoders=[]") == out.count("encoders=[depth]") == 2  # when it begins, and in the table
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (200, 1)])
+def test_the_table_is_whole_whatever_the_width(width, tables):
+    metrics = {f"probe {name}": 0.5 for name in ("depth", "seg", "gen")} | {"finetune loss": 1.25, "2D": 0.25}
+    rows = [
+        {"values": {"stages.finetune.lr": f"{i}e-3"}, "seeds": 2, "mean": metrics, "stderr": {"2D": 0.0625}}
+        for i in range(1, 6)
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    show(rows, console)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert text.count("finetune loss") == tables
+    assert text.count("0.250 ± 0.062") == 5
+    assert all(f"lr={i}e-3" in text for i in range(1, 6))
