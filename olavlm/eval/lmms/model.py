@@ -17,9 +17,6 @@ from olavlm.errors import OlaError
 from olavlm.eval.generate import generate_texts
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 
-#: Of a task's generation_kwargs; the others (``image_aspect_ratio`` …) are other models' business.
-_SETTINGS = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "top_k")
-
 
 class OlaVlm(lmms):
     """A student in lmms-eval's chat interface.
@@ -99,14 +96,13 @@ class OlaVlm(lmms):
             images += [load_image(Path(one)) if isinstance(one, str) else one.convert("RGB") for one in pictures]
             conversation = messages.to_hf_messages()
             prompts.append(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        chosen = {"max_new_tokens": self.max_new_tokens} | {k: settings[k] for k in _SETTINGS if k in settings}
-        if not chosen.get("temperature"):  # 0 or not said: greedy
-            chosen |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        else:
-            chosen = {"do_sample": True} | chosen
+        # Greedy at a temperature of 0 or none, whatever else a task says.
+        names = ("temperature", "top_p", "top_k") if settings.get("temperature") else ()
+        chosen = {key: settings[key] for key in ("max_new_tokens", "num_beams", *names) if key in settings}
+        chosen = {"max_new_tokens": self.max_new_tokens, "do_sample": bool(names)} | chosen
         replies = generate_texts(self.model, self.processor, prompts, images, **chosen)
         for stop in _stops(settings):
-            replies = [reply.split(stop)[0] for reply in replies]
+            replies = [reply.split(stop)[0].strip() for reply in replies]
         return replies
 
 

@@ -32,7 +32,7 @@ doc_to_visual: !function utils.visual
 doc_to_text: !function utils.text
 doc_to_target: answer
 process_results: !function utils.results
-generation_kwargs: {{max_new_tokens: 6, temperature: 0, image_aspect_ratio: original}}
+generation_kwargs: {{max_new_tokens: 6, temperature: 0, until: [table], image_aspect_ratio: original}}
 metric_list: [{{metric: same, aggregation: mean, higher_is_better: true}}]
 """
 UTILS = """
@@ -64,7 +64,7 @@ def task(tmp_path: Path, tiny_student: tuple[Any, Any]) -> tuple[Path, list[str]
         rows.append({"image": buffer.getvalue(), "question": "How many ?" + " chair" * (i % 4)})
         requests.append(Request(str(i), f"<image>\n{rows[-1]['question']}", buffer.getvalue()))
     lines = generate_replies(model, processor, requests, tmp_path / "ours.jsonl", batch=3, max_new_tokens=6)
-    answers = [line["reply"] for line in lines]
+    answers = [line["reply"].split("table")[0].strip() for line in lines]
     rows = [row | {"answer": answer} for row, answer in zip(rows, answers, strict=True)]
     rows.append({"image": b"", "question": "How many table ?", "answer": "whatever is said without a picture"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "tiny.parquet")
@@ -86,21 +86,21 @@ def lmms_eval(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, cwd=folder)
 
 
-@pytest.mark.parametrize("batch", ["1", "3"])
-def test_what_lmms_eval_hears_is_what_we_hear(task: tuple[Path, list[str]], batch: str) -> None:
+def test_what_lmms_eval_hears_is_what_we_hear(task: tuple[Path, list[str]]) -> None:
+    """Seven right answers, and one question without a picture, to which none is right."""
     folder, answers = task
-    out = folder / f"out{batch}"
+    out = folder / "out"
     run = lmms_eval(
         folder,
-        *("--model_args", f"pretrained={folder / 'model'}", "--batch_size", batch),
+        *("--model_args", f"pretrained={folder / 'model'}", "--batch_size", "3"),
         *("--output_path", str(out), "--log_samples"),
     )
     assert run.returncode == 0, run.stderr[-3000:]
     (results,) = out.rglob("*_results.json")
-    assert json.loads(results.read_text())["results"]["tiny"]["same,none"] == pytest.approx(7 / 8)
+    assert json.loads(results.read_text())["results"]["tiny"]["same,none"] == 7 / 8
     (samples,) = out.rglob("*_samples_tiny.jsonl")
     found = {line["doc_id"]: line for line in map(json.loads, samples.read_text().splitlines())}
-    assert [found[i]["resps"][0][0] for i in range(7)] == answers
+    assert [found[i]["filtered_resps"] for i in range(7)] == answers
     assert len(set(answers)) > 1
 
 
