@@ -46,7 +46,7 @@ finetune: setup  ## instruction tuning
 probe: setup  ## what each layer knows: one probe per layer, before and after
 	$(RUN) -m train probe $(PIPELINE) $(ARGS)
 
-evaluate: setup  ## CV-Bench
+evaluate: setup  ## CV-Bench, MMStar
 	$(RUN) -m pipelines evaluate $(PIPELINE) $(ARGS)
 
 report: setup  ## one self-contained page: runs/<pipeline>/report.html

@@ -199,16 +199,31 @@ class ProbeConfig(Section):
 
 
 class EvalConfig(Section):
-    """CV-Bench from its published Parquet layout."""
+    """Benchmarks from their published Parquet layouts; those whose folder is given are run."""
 
-    cv_bench: str  # folder with test_2d.parquet and test_3d.parquet
-    scenes: Positive | None = None  # demo world: rendered into that folder if it is not there
+    cv_bench: str | None = None  # folder with test_2d.parquet and test_3d.parquet
+    mmstar: str | None = None  # folder with mmstar.parquet
+    scenes: Positive | None = None  # demo world: rendered into cv_bench's folder if it is not there
     level: Literal["easy", "hard"] = "easy"  # of those scenes
     data: str | None = None  # with the benchmark's images and their targets, for students with encoders
     student: str = "finetune"
     batch: Positive = 16
     max_new_tokens: Positive = 128
-    limit: Positive | None = None
+    limit: Positive | None = None  # questions of each benchmark
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The benchmarks to run, by their key here, and where they are."""
+        given = {"cv_bench": self.cv_bench, "mmstar": self.mmstar}
+        return {key: folder for key, folder in given.items() if folder}
+
+    @model_validator(mode="after")
+    def _benchmarks(self) -> "EvalConfig":
+        if not self.folders:
+            raise ValueError("eval: no benchmark; expected cv_bench or mmstar: a folder")
+        if self.scenes and not self.cv_bench:
+            raise ValueError("eval.scenes: they are rendered into the folder of eval.cv_bench, which is not given")
+        return self
 
 
 class FeaturizeConfig(Section):

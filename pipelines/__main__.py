@@ -27,7 +27,7 @@ def main() -> int:
     for name, help_text in {
         "run": "every stage that has not finished yet, then the report",
         "corpus": "render, pack or adopt the pipeline's corpora and benchmark",
-        "evaluate": "run CV-Bench on the trained student",
+        "evaluate": "run the pipeline's benchmarks on the trained student",
         "report": "write report.html and summary.json from whatever stages are there",
         "show": "print the resolved configuration",
     }.items():

@@ -30,8 +30,10 @@ def build(config: PipelineConfig) -> None:
     folder = runs.stage_dir(config, "corpus")
     if runs.begin(folder, runs.depends_on(config, "corpus")):
         return
-    if config.eval and config.eval.scenes and not (Path(config.eval.cv_bench) / "baselines.json").exists():
-        build_benchmark(config.eval.scenes, Path(config.eval.cv_bench), config.seed, level=config.eval.level)
+    if config.eval and config.eval.scenes and config.eval.cv_bench:
+        benchmark = Path(config.eval.cv_bench)
+        if not (benchmark / "baselines.json").exists():
+            build_benchmark(config.eval.scenes, benchmark, config.seed, level=config.eval.level)
     summary: dict[str, dict[str, Any]] = {}
     for name, data in config.data.items():
         _build_one(name, data, config.seed)

@@ -1,7 +1,7 @@
-"""The evaluate stage: CV-Bench on a trained student, scores beside the benchmark's baselines."""
+"""The evaluate stage: benchmarks on a trained student, scores beside each benchmark's baselines."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +13,58 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from olavlm import runs
-from olavlm.config import PipelineConfig
+from olavlm.config import EvalConfig, PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.data.corpus import Corpus
 from olavlm.data.targets import TargetStore
 from olavlm.errors import OlaError
-from olavlm.eval import cv_bench
 from olavlm.eval.answers import PARSER_VERSION, parse_choice
+from olavlm.eval.benchmarks import BENCHMARKS, Benchmark
 from olavlm.eval.cv_bench import Question
 from olavlm.eval.features import ImageFeatures
 from olavlm.eval.generate import Request, generate_replies
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 from pipelines.results import read_json
+from train.distributed import World
+
+Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 
 
 def evaluate(config: PipelineConfig) -> None:
-    """Ask the student every question and write ``evaluate/replies.jsonl`` and ``evaluate/scores.json``.
+    """Ask the student every benchmark; write ``evaluate/<benchmark>/replies.jsonl`` and ``…/scores.json``.
 
-    Stopped anywhere and started again, it asks only what is still without a reply. `replies.jsonl` ends up in the
-    benchmark's order, each raw reply with what was read from it.
+    Stopped anywhere and started again, it asks only what is still without a reply; torchrun's ranks share the
+    questions. `replies.jsonl` ends up in the benchmark's order, each raw reply with what was read from it.
 
     Raises:
-        OlaError: the pipeline has no `eval` section, the student is not trained, the benchmark is not there, or not the
+        OlaError: the pipeline has no `eval` section, the student is not trained, a benchmark is not there, or not the
             features of its images that the student is fed.
     """
     if config.eval is None:
-        raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench: a folder")
+        raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench or mmstar: a folder")
     folder = runs.stage_dir(config, "evaluate")
-    if runs.begin(folder, runs.depends_on(config, "evaluate")):
-        print_scores(json.loads((folder / "scores.json").read_text()))
-        return
-    questions = cv_bench.load(config.eval.cv_bench, config.eval.limit)
-    model, processor = _load_student(config, config.eval.student)
-    features = _features(config, model) if model.config.encoders else None
-    requests = [Request(q.id, cv_bench.build_prompt(q.prompt), q.image, _facts(q)) for q in questions]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("CV-Bench", total=len(requests))
-        lines = generate_replies(
-            model,
-            processor,
-            requests,
-            folder / "replies.jsonl",
-            batch=config.eval.batch,
-            max_new_tokens=config.eval.max_new_tokens,
-            features=features,
-            progress=lambda replies: bar.advance(task, replies),
-        )
-    for question, line in zip(questions, lines, strict=True):
-        line |= {"parsed": parse_choice(line["reply"], question.choices), "parser_version": PARSER_VERSION}
-    replace(folder / "replies.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    scores: dict[str, Any] = {
-        "benchmark": "CV-Bench",
-        "student": config.eval.student,
-        "questions": len(questions),
-        "prompt": cv_bench.build_prompt("{prompt}"),
-        "parser_version": PARSER_VERSION,
-        "max_new_tokens": config.eval.max_new_tokens,
-        "scores": cv_bench.score(questions, {line["id"]: line["parsed"] for line in lines}),
-        "baselines": _baselines(Path(config.eval.cv_bench), questions),
-    }
-    replace(folder / "scores.json", json.dumps(scores, indent=2).encode())
-    print_scores(scores)
-    runs.finish(folder, {"questions": len(questions), "accuracy": scores["scores"]["micro"]["accuracy"]})
+    world = World.join()
+    try:
+        if not runs.begin(folder, runs.depends_on(config, "evaluate")):
+            asked = {key: BENCHMARKS[key].load(path, config.eval.limit) for key, path in config.eval.folders.items()}
+            student = _load_student(config, config.eval.student)
+            features = _features(config, student[0]) if student[0].config.encoders else None
+            for key, questions in asked.items():
+                _ask(key, questions, config.eval, student, features, folder / key, world)
+            if world.rank == 0:
+                runs.finish(folder, {"questions": sum(map(len, asked.values()))})
+            world.barrier()
+        if world.rank == 0:
+            for key in config.eval.folders:
+                print_scores(BENCHMARKS[key], json.loads((folder / key / "scores.json").read_text()))
+    finally:
+        world.leave()
 
 
-def print_scores(scores: dict[str, Any]) -> None:
-    """The table of `scores.json`: a student beside what can be had without looking, or without depth."""
-    cells = [scores["scores"][name] for name in cv_bench.ROWS]
-    table = Table("CV-Bench, %", *cv_bench.ROWS, box=SIMPLE, padding=(0, 1, 0, 0))
+def print_scores(benchmark: Benchmark, scores: dict[str, Any]) -> None:
+    """The table of a `scores.json`: a student beside what can be had without looking, or without depth."""
+    cells = [scores["scores"][name] for name in benchmark.rows]
+    table = Table(f"{benchmark.title}, %", *benchmark.rows, box=SIMPLE, padding=(0, 1, 0, 0))
 
     def add(name: str, values: Iterable[float | None]) -> None:
         table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in values))
@@ -91,8 +74,52 @@ def print_scores(scores: dict[str, Any]) -> None:
     add("answered", (cell and cell["answered"] for cell in cells))
     table.add_row("n", *(f"{cell['n']:,}" if cell else "0" for cell in cells), end_section=True)
     for name, by_row in scores["baselines"].items():
-        add(name, (by_row.get(row) for row in cv_bench.ROWS))
+        add(name, (by_row.get(row) for row in benchmark.rows))
     Console().print(table)
+
+
+def _ask(
+    key: str,
+    questions: Sequence[Question],
+    settings: EvalConfig,
+    student: Student,
+    features: ImageFeatures | None,
+    folder: Path,
+    world: World,
+) -> None:
+    """One benchmark's replies and scores."""
+    benchmark = BENCHMARKS[key]
+    folder.mkdir(exist_ok=True)
+    requests = [Request(q.id, benchmark.build_prompt(q.prompt), q.image, _facts(q)) for q in questions]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=world.rank > 0) as bar:
+        task = bar.add_task(benchmark.title + (f", 1 of {world.size} shares" if world.size > 1 else ""))
+        lines = generate_replies(
+            *student,
+            requests,
+            folder / "replies.jsonl",
+            batch=settings.batch,
+            max_new_tokens=settings.max_new_tokens,
+            features=features,
+            ranks=world,
+            progress=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    if world.rank > 0:
+        return
+    for question, line in zip(questions, lines, strict=True):
+        line |= {"parsed": parse_choice(line["reply"], question.choices), "parser_version": PARSER_VERSION}
+    scores: dict[str, Any] = {
+        "benchmark": benchmark.title,
+        "student": settings.student,
+        "questions": len(questions),
+        "prompt": benchmark.build_prompt("{prompt}"),
+        "parser_version": PARSER_VERSION,
+        "max_new_tokens": settings.max_new_tokens,
+        "scores": benchmark.score(questions, {line["id"]: line["parsed"] for line in lines}),
+        "baselines": _baselines(benchmark, Path(settings.folders[key]), questions),
+    }
+    replace(folder / "replies.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    replace(folder / "scores.json", json.dumps(scores, indent=2).encode())
 
 
 def _facts(question: Question) -> dict[str, Any]:
@@ -106,7 +133,7 @@ def _facts(question: Question) -> dict[str, Any]:
     }
 
 
-def _load_student(config: PipelineConfig, stage: str) -> tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]:
+def _load_student(config: PipelineConfig, stage: str) -> Student:
     """A finished stage's exported model and its processor, on the accelerator if there is one."""
     folder = runs.stage_dir(config, stage) / "model"
     if not (folder / "config.json").is_file():
@@ -141,17 +168,17 @@ def _features(config: PipelineConfig, model: OlaVlmForConditionalGeneration) -> 
     return ImageFeatures(corpus, sets)
 
 
-def _baselines(folder: Path, questions: list[Question]) -> dict[str, dict[str, float]]:
+def _baselines(benchmark: Benchmark, folder: Path, questions: Sequence[Question]) -> dict[str, dict[str, float]]:
     """What can be had without looking, by name and row: chance, and whatever ``baselines.json`` says per task.
 
     The file holds ``{name: {task: accuracy}}``; aggregates follow by the benchmark's own rule, taking a task's accuracy
     to be the same in every source.
     """
-    baselines = {"chance": cv_bench.expected(questions, {q.id: 1 / len(q.choices) for q in questions})}
+    known: dict[str, Mapping[str, float]] = {"chance": {q.id: 1 / len(q.choices) for q in questions}}
     file = folder / "baselines.json"
     if file.is_file():
         for name, by_task in json.loads(file.read_text()).items():
             if missing := {question.task for question in questions} - by_task.keys():
                 raise OlaError(f"{file}: {name}: no accuracy for {', '.join(sorted(missing))}")
-            baselines[name] = cv_bench.expected(questions, {q.id: by_task[q.task] for q in questions})
-    return baselines
+            known[name] = {q.id: by_task[q.task] for q in questions}
+    return {name: benchmark.expected(questions, right) for name, right in known.items()}

@@ -121,10 +121,12 @@ def probe_curves(probe: Mapping[str, Any], taught: Mapping[str, Sequence[int]]) 
         return _svg(figure, "Probe cosines by layer. " + "; ".join(said))
 
 
-def score_dots(scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, float]], rows: Sequence[str]) -> str:
-    """Accuracy by row with two standard errors to each side, beside what needs no picture."""
+def score_dots(
+    title: str, scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, float]], rows: Sequence[str]
+) -> str:
+    """A benchmark's accuracy by row with two standard errors to each side, beside what needs no picture."""
     shown = [row for row in rows if scores.get(row)][::-1]
-    with _style("scores"):
+    with _style(f"scores of {title}"):
         figure = Figure(figsize=(7.2, 0.36 * len(shown) + 1.2), layout="constrained")
         axes = figure.subplots()
         for marker, color, (name, values) in zip("|xds^v*", COLORS[1:], baselines.items(), strict=False):
@@ -145,7 +147,7 @@ def score_dots(scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, f
         axes.grid(axis="y", visible=False)
         figure.legend(loc="outside lower center", ncols=4)
         said = "; ".join(f"{row} {scores[row]['accuracy']:.1%}" for row in shown[::-1])
-        return _svg(figure, f"CV-Bench accuracies: {said}")
+        return _svg(figure, f"{title} accuracies: {said}")
 
 
 def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], key: str, label: str, color: str) -> None:

@@ -15,7 +15,7 @@ from olavlm.config import PipelineConfig, dump
 from olavlm.data.atomic import replace
 from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
-from olavlm.eval import cv_bench
+from olavlm.eval.benchmarks import BENCHMARKS
 from pipelines import figures
 from pipelines.page import render
 from pipelines.results import duration, print_summary, read_json, read_lines, summary
@@ -41,14 +41,14 @@ def report(config: PipelineConfig) -> Path:
     result = summary(config)
     shown, pictures_missing = _pictures(config)
     layers, layers_missing = _layers(config)
-    replies = _replies(config)
+    replies = [reply for key in BENCHMARKS for reply in _replies(config, key)]
     probe = read_json(runs.stage_dir(config, "probe") / "probe.json")
     page = render(
         "report.html.j2",
         name=config.name,
         result=result,
         cards=list(_cards(config, result)),
-        verdict=_verdict(result),
+        verdicts=[said for key in result["benchmarks"] if (said := _verdict(result, key))],
         pictures=shown,
         pictures_missing=pictures_missing,
         layers=layers,
@@ -57,10 +57,7 @@ def report(config: PipelineConfig) -> Path:
         curves=list(_curves(config)),
         probe=Markup(figures.probe_curves(probe, config.student.layers)) if probe.get("floor") else None,
         probe_held_out=probe.get("held_out"),
-        scores=Markup(figures.score_dots(result["scores"], result["baselines"], cv_bench.ROWS))
-        if result["scores"]
-        else None,
-        score_rows=[row for row in (*cv_bench.ROWS, *cv_bench.SOURCES) if result["scores"].get(row)],
+        benchmarks=[_benchmark(key, found) for key, found in result["benchmarks"].items()],
         replies=replies,
         config=dump(config),
     )
@@ -86,44 +83,62 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
             name, after = max(rest, key=lambda student: student[1])
             note = f"held-out cosine over all layers, {first} → {name}; mean target {probe['floor']:.2f}"
             yield {"value": f"{before:.2f} → {after:.2f}", "label": f"{task} probe", "note": note}
-    for name in ("overall", "micro"):
-        if cell := result["scores"].get(name):
-            blind = {b: rows[name] for b, rows in result["baselines"].items() if b in SEE_NOTHING and name in rows}
+    for key, found in result["benchmarks"].items():
+        if row := _aggregate(key, found):
+            cell = found["scores"][row]
+            blind = {b: rows[row] for b, rows in found["baselines"].items() if b in SEE_NOTHING and row in rows}
             others = ", ".join(f"{b} {accuracy:.1%}" for b, accuracy in blind.items())
             note = f"± {cell['stderr']:.1%} s.e., n = {cell['n']:,}; {others}"
-            yield {"value": f"{cell['accuracy']:.1%}", "label": f"CV-Bench {name}", "note": note}
-            break
+            yield {"value": f"{cell['accuracy']:.1%}", "label": f"{BENCHMARKS[key].title} {row}", "note": note}
     if done := [stage for stage in result["stages"].values() if stage]:
         peak = max(stage["peak_memory_gib"] for stage in done)
         note = f"{len(done)} of {len(result['stages'])} stages; peak memory {peak:.1f} GiB"
         yield {"value": duration(sum(stage["seconds"] for stage in done)), "label": "computing time", "note": note}
 
 
-def _verdict(result: dict[str, Any]) -> str | None:
-    """What the scores prove about looking at the picture: the student against those who do not look.
+def _benchmark(key: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark's figure and table."""
+    benchmark, (scores, baselines) = BENCHMARKS[key], (found["scores"], found["baselines"])
+    return {
+        "title": benchmark.title,
+        "figure": Markup(figures.score_dots(benchmark.title, scores, baselines, benchmark.rows)),
+        "scores": {row: scores[row] for row in (*benchmark.rows, *benchmark.details) if scores.get(row)},
+        "gaps": {benchmark.rows[0], "micro", benchmark.tasks[-1]},  # rows with room behind them
+        "baselines": baselines,
+        "aggregation": benchmark.aggregation,
+    }
+
+
+def _aggregate(key: str, found: dict[str, Any]) -> str | None:
+    """The aggregate people quote; a benchmark cut short has micro only, one that asked nothing has none."""
+    return next((row for row in (BENCHMARKS[key].rows[0], "micro") if found["scores"].get(row)), None)
+
+
+def _verdict(result: dict[str, Any], key: str) -> str | None:
+    """What a benchmark's scores prove about looking at the picture: the student against those who do not look.
 
     And about seeing depth: against those who know the objects' boxes.
     """
-    cell = result["scores"].get("overall") or result["scores"].get("micro")
-    row = "overall" if result["scores"].get("overall") else "micro"
-    known = {name: result["baselines"].get(name, {}).get(row) for name in SEE_NOTHING}
+    found, row = result["benchmarks"][key], _aggregate(key, result["benchmarks"][key])
+    known = {name: found["baselines"].get(name, {}).get(row) for name in SEE_NOTHING}
     blind = {name: accuracy for name, accuracy in known.items() if accuracy is not None}
-    if not cell or not blind:
+    if not row or not blind:
         return None
+    cell = found["scores"][row]
     name, best = max(blind.items(), key=lambda baseline: baseline[1])
     said = (
-        f"CV-Bench {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error). "
+        f"{BENCHMARKS[key].title} {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error). "
         f"The best baseline that sees no picture, {name}: {best:.1%}."
     )
     if cell["accuracy"] - best < 2 * cell["stderr"] or cell["accuracy"] <= best:
         return said + " This run does not show that the student looks at the picture."
-    return f"{said}{_sees_depth(result)} One run of one seed: comparing students takes several."
+    return f"{said}{_sees_depth(found)} One run of one seed: comparing students takes several."
 
 
-def _sees_depth(result: dict[str, Any]) -> str:
+def _sees_depth(found: dict[str, Any]) -> str:
     """A sentence on 3-D questions, if they were asked and cues that are not depth were scored."""
-    cell = result["scores"].get("3D")
-    cues = {name: rows["3D"] for name, rows in result["baselines"].items() if name not in SEE_NOTHING and "3D" in rows}
+    cell = found["scores"].get("3D")
+    cues = {name: rows["3D"] for name, rows in found["baselines"].items() if name not in SEE_NOTHING and "3D" in rows}
     if not cell or not cues:
         return ""
     name, best = max(cues.items(), key=lambda baseline: baseline[1])
@@ -181,11 +196,11 @@ def _curves(config: PipelineConfig) -> Iterator[dict[str, Any]]:
             }
 
 
-def _replies(config: PipelineConfig) -> list[dict[str, Any]]:
-    """A few raw replies: of every task the first right and the first wrong one, and the first nobody can read."""
-    lines = [
-        line for line in read_lines(runs.stage_dir(config, "evaluate") / "replies.jsonl") if "parsed" in line
-    ]  # an evaluation still at work has not read its replies yet
+def _replies(config: PipelineConfig, key: str) -> list[dict[str, Any]]:
+    """A few of a benchmark's raw replies: of every task the first right, wrong and unreadable one."""
+    folder = runs.stage_dir(config, "evaluate") / key
+    # an evaluation still at work has not read its replies yet
+    lines = [line for line in read_lines(folder / "replies.jsonl") if "parsed" in line]
     chosen: dict[str, dict[str, Any]] = {}
     for line in lines:
         line["right"] = line["parsed"] == line["answer"]
@@ -193,13 +208,13 @@ def _replies(config: PipelineConfig) -> list[dict[str, Any]]:
         if line["parsed"] is None:
             chosen.setdefault("unanswered", line)
     images: dict[str, bytes] = {}
-    if chosen and config.eval:
+    if chosen and config.eval and key in config.eval.folders:
         try:
-            images = {question.id: question.image for question in cv_bench.load(config.eval.cv_bench)}
+            images = {question.id: question.image for question in BENCHMARKS[key].load(config.eval.folders[key], None)}
         except OlaError:
             images = {}  # the benchmark's folder is gone; the replies are not
     unique = {line["id"]: line for line in chosen.values()}
-    ordered = sorted(unique.values(), key=lambda line: (cv_bench.TASKS.index(line["task"]), not line["right"]))
+    ordered = sorted(unique.values(), key=lambda line: (BENCHMARKS[key].tasks.index(line["task"]), not line["right"]))
     return [
         line | {"image": figures.picture(decode_image(images[line["id"]])) if line["id"] in images else None}
         for line in ordered

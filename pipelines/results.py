@@ -12,6 +12,7 @@ from olavlm import runs
 from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
+from olavlm.eval.benchmarks import BENCHMARKS
 from olavlm.provenance import provenance
 
 
@@ -32,19 +33,18 @@ def summary(config: PipelineConfig) -> dict[str, Any]:
     Returns:
         ``stages`` (by stage: what its done.json says, {} for one that has not finished), ``corpora``, ``targets``
         (featurization's summary, and float16_bytes_per_image by task), ``probe`` (by task: floor, and mean cosine over
-        the layers by student), ``scores`` and ``baselines`` (by row), ``provenance``. What is not known is {}.
+        the layers by student), ``benchmarks`` (by key: ``scores`` and ``baselines`` by row), ``provenance``. What is
+        not known is {}.
     """
     folders = {stage: runs.stage_dir(config, stage) for stage in runs.stages_of(config)}
     stages = {stage: runs.finished(folder) or {} for stage, folder in folders.items()}
-    evaluated = read_json(runs.stage_dir(config, "evaluate") / "scores.json")
     result = {
         "pipeline": config.name,
         "stages": stages,
         "corpora": stages["corpus"].get("corpora", {}),
         "targets": _targets(config),
         "probe": _probe(read_json(runs.stage_dir(config, "probe") / "probe.json")),
-        "scores": evaluated.get("scores", {}),
-        "baselines": evaluated.get("baselines", {}),
+        "benchmarks": _benchmarks(config),
         "provenance": provenance(),
     }
     replace(Path(config.run_dir) / "summary.json", json.dumps(result, indent=2).encode())
@@ -68,12 +68,12 @@ def print_summary(result: dict[str, Any]) -> None:
     for task, probe in result["probe"].items():
         cosines = ", ".join(f"{student} {cosine:.3f}" for student, cosine in probe["students"].items())
         table.add_row(f"probe {task}", f"{cosines} (mean target {probe['floor']:.3f})")
-    for name, cell in result["scores"].items():
-        if cell and name in next(iter(result["baselines"].values()), {}):
-            others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in result["baselines"].items() if name in rows)
-            table.add_row(
-                f"CV-Bench {name}", f"{cell['accuracy']:.1%} ± {cell['stderr']:.1%}, n = {cell['n']:,} ({others})"
-            )
+    for key, found in result["benchmarks"].items():
+        for name, cell in found["scores"].items():
+            if cell and name in next(iter(found["baselines"].values()), {}):
+                others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in found["baselines"].items() if name in rows)
+                score = f"{cell['accuracy']:.1%} ± {cell['stderr']:.1%}, n = {cell['n']:,} ({others})"
+                table.add_row(f"{BENCHMARKS[key].title} {name}", score)
     Console().print(table)
 
 
@@ -93,6 +93,13 @@ def _targets(config: PipelineConfig) -> dict[str, Any]:
             task: 2 * teacher.tokens * teacher.width for task, teacher in config.teachers.items()
         }
     return found
+
+
+def _benchmarks(config: PipelineConfig) -> dict[str, Any]:
+    """Scores and baselines of every benchmark that has been scored."""
+    folder = runs.stage_dir(config, "evaluate")
+    evaluated = {key: read_json(folder / key / "scores.json") for key in BENCHMARKS}
+    return {key: {part: found[part] for part in ("scores", "baselines")} for key, found in evaluated.items() if found}
 
 
 def _probe(probe: dict[str, Any]) -> dict[str, Any]:

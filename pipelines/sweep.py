@@ -26,7 +26,7 @@ from olavlm import runs
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data.atomic import replace
 from olavlm.errors import OlaError
-from olavlm.eval import cv_bench
+from olavlm.eval.benchmarks import BENCHMARKS
 from pipelines import runner
 from pipelines.results import read_json
 
@@ -105,7 +105,7 @@ def settings(base: PipelineConfig, pipeline: str, overrides: list[str], axes: Ax
         pinned += [f"data.{name}.source=null", f"data.{name}.corpus={data.corpus}"]
         pinned += [f"data.{name}.targets={data.targets}"] if data.targets else []
     if base.eval:
-        pinned += [f"eval.cv_bench={base.eval.cv_bench}", "eval.scenes=null"]
+        pinned += [f"eval.{key}={folder}" for key, folder in base.eval.folders.items()] + ["eval.scenes=null"]
     for combination in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip(keys, combination, strict=True))
         own = [f"{key}={value}" for key, value in chosen.items()]
@@ -167,10 +167,12 @@ def _metrics(setting: Setting) -> tuple[Metrics, Metrics]:
     probed = read_json(runs.stage_dir(config, "probe") / "probe.json").get("students", {})
     if config.probe and (last := probed.get(config.probe.students[-1])):
         values |= {f"probe {task}": fmean(by_layer.values()) for task, by_layer in last.items()}
-    scores = read_json(runs.stage_dir(config, "evaluate") / "scores.json").get("scores", {})
-    for name in cv_bench.ROWS:
-        if cell := scores.get(name):
-            values[name], errors[name] = cell["accuracy"], cell["stderr"]
+    for key, benchmark in BENCHMARKS.items():
+        scores = read_json(runs.stage_dir(config, "evaluate") / key / "scores.json").get("scores", {})
+        for row in benchmark.rows:
+            if cell := scores.get(row):
+                name = f"{benchmark.title} {row}"
+                values[name], errors[name] = cell["accuracy"], cell["stderr"]
     return values, errors
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 #: Kept beside every reply; raise it whenever a reply could be read differently than before.
-PARSER_VERSION = 1
+PARSER_VERSION = 2
 
 # A bare letter is an option only where no article, pronoun or initial can stand: before the end, punctuation, a reason.
 # Upper-case letters that are no English word may also stand before any word ("B it is").
@@ -27,7 +27,7 @@ _STATED = re.compile(
 )
 _LEADING = re.compile(r"\W*?" + _LETTER, re.IGNORECASE)
 _MARKED = re.compile(
-    r"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?:option|choice)\s+((?-i:[A-Z]))\b"
+    rf"[(\[]\s*([A-Za-z])\s*[)\]]|\b(?:option|choice)\s+((?-i:[A-Z])\b|[A-Za-z]{_ENDS})"
     r"|(?<=\s)(?<!or )(?<!and )(?<!as )((?-i:[A-Z]))(?=[.!]?\Z)",
     re.IGNORECASE,
 )
@@ -37,6 +37,7 @@ _RULED_OUT = re.compile(
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(r"\s*(?:,|/|&|or\b|and\b)?\s*" + _LETTER, re.IGNORECASE)
+_OR = re.compile(r"\s*(?:/|&|or\b|and\b)\s*" + _LETTER, re.IGNORECASE)  # after a statement that would do by itself
 _NEGATED = re.compile(r"\b(?:no|not|nor|neither|none|never|cannot|unable|unclear|unsure)\b|n['’]t\b", re.IGNORECASE)
 _ECHOED_EXAMPLE = re.compile(r"(?:for example,?\s*)?\bif your answer is[^.]*\.?", re.IGNORECASE)
 
@@ -57,7 +58,7 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
     Args:
         reply: what the model wrote, without special tokens.
-        choices: the texts behind (A), (B), …; at most 26.
+        choices: the texts behind (A), (B), …; at most 26. A blank one has its letter only.
     """
     letters = ascii_uppercase[: len(choices)]
     texts = [_plain(choice).casefold().strip(" .") for choice in choices]
@@ -66,16 +67,15 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
     if len(words) == 1 and (word := words.pop()) in set(letters):
         return word
     bare = text.casefold().strip(" .,;:!?\"'()[]")
-    if texts.count(bare) == 1:
+    if bare and texts.count(bare) == 1:
         return letters[texts.index(bare)]
 
-    stated = [letter for match in _STATED.finditer(text) if (letter := _letter(match)) in set(letters)]
+    stated = [match for match in _STATED.finditer(text) if _letter(match) in set(letters)]
     if stated:
-        return stated[-1]
+        return _alone(stated[-1], _OR, letters)
     leading = _LEADING.match(text)
-    if leading and (letter := _letter(leading)) in set(letters):
-        second = _ALTERNATIVE.match(text, leading.end())
-        return None if second and _letter(second) in set(letters) - {letter} else letter
+    if leading and _letter(leading) in set(letters):
+        return _alone(leading, _ALTERNATIVE, letters)
     marked: set[str] = {max(groups).upper() for groups in _MARKED.findall(_RULED_OUT.sub(" ", text))} & set(letters)
     if marked:
         return marked.pop() if len(marked) == 1 else None
@@ -87,13 +87,19 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without Markdown and TeX marks, in compatibility form (full-width brackets become ordinary ones)."""
-    return re.sub(r"[*_`#$]|\\text\b", "", unicodedata.normalize("NFKC", text)).strip()
+    """Without Markdown, TeX and XML marks, in compatibility form (full-width brackets become ordinary ones)."""
+    return re.sub(r"[*_`#$]|\\text\b|</?[A-Za-z]\w*>", "", unicodedata.normalize("NFKC", text)).strip()
 
 
 def _letter(match: re.Match[str]) -> str:
     """The option letter of a `_LETTER` match, in upper case."""
     return str(match["bracketed"] or match["bare"] or match["capital"]).upper()
+
+
+def _alone(match: re.Match[str], another: re.Pattern[str], letters: str) -> str | None:
+    """The option of a `_LETTER` match, None if `another` one of `letters` follows."""
+    letter, second = _letter(match), another.match(match.string, match.end())
+    return None if second and _letter(second) in set(letters) - {letter} else letter
 
 
 def _without_listing(text: str, texts: list[str]) -> str:

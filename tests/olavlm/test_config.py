@@ -45,6 +45,8 @@ INT4_WIDTH = "teachers.depth.codec: int4 scales groups of 32 values, width is 48
         ("stages.pretrain.data=[web]", "stages.pretrain.data: 'web' is not defined here"),
         ("stages.pretrain.micro_batch=5", "stages.pretrain.micro_batch: 5 does not divide global_batch"),
         ("data.pretrain.targets=null", "data.pretrain.targets: stage pretrain has embedding losses and needs a store"),
+        ("eval.cv_bench=null", "eval: no benchmark; expected cv_bench or mmstar: a folder"),
+        ("eval={mmstar: a, scenes: 5}", "eval.scenes: they are rendered into the folder of eval.cv_bench"),
         ("no-equals-sign", "expected key.path=value"),
     ],
 )

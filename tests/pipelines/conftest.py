@@ -17,6 +17,7 @@ from PIL import Image
 from olavlm import runs
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.eval import cv_bench
+from olavlm.eval.mmstar import TASKS
 
 PIPELINE = """
 name: small
@@ -131,6 +132,29 @@ def benchmark(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def mmstar(tmp_path: Path) -> Path:
+    """MMStar's folder in the published layout, two questions of every category."""
+    rows = []
+    for i in range(12):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), (i * 20, 90, 200 - i * 5)).save(buffer, "JPEG")
+        rows.append(
+            {
+                "index": i,
+                "question": "How many ?\nOptions: A: 1, B: 2, C: 3, D: 4",
+                "image": buffer.getvalue(),
+                "answer": "ABCD"[i % 4],
+                "category": TASKS[i // 2],
+                "l2_category": "object counting",
+            }
+        )
+    folder = tmp_path / "mmstar"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "mmstar.parquet")
+    return folder
+
+
+@pytest.fixture
 def finish(config: PipelineConfig) -> Callable[..., Path]:
     """Marks a stage as finished, with these numbers, and returns its folder."""
 
@@ -199,7 +223,8 @@ def finished_run(config: PipelineConfig, benchmark: list[dict[str, Any]], finish
             "blind": cv_bench.expected(questions, {q.id: 0.5 for q in questions}),
         },
     }
-    folder = finish("evaluate")
+    folder = finish("evaluate") / "cv_bench"
+    folder.mkdir()
     (folder / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "scores.json").write_text(json.dumps(scores))
     return Path(config.run_dir)

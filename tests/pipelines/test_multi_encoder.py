@@ -54,8 +54,8 @@ def test_from_scenes_to_scores(shipped: PipelineConfig, tmp_path: Path, benchmar
     stage.run(shipped, "finetune")
     evaluate(shipped)
     folder = tmp_path / "evaluate"
-    assert json.loads((folder / "scores.json").read_text())["questions"] == len(benchmark)
-    assert len((folder / "replies.jsonl").read_text().splitlines()) == len(benchmark)
+    assert json.loads((folder / "cv_bench" / "scores.json").read_text())["questions"] == len(benchmark)
+    assert len((folder / "cv_bench" / "replies.jsonl").read_text().splitlines()) == len(benchmark)
 
     pinned = tmp_path / "finetune" / "snapshot.json"
     content = json.loads(pinned.read_text())

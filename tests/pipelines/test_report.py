@@ -59,7 +59,7 @@ def test_a_finished_run(read_page: Any, config: PipelineConfig, finished_run: Pa
 
 def test_the_verdict_on_depth_weighs_against_cues(read_page: Any, config: PipelineConfig, finished_run: Path) -> None:
     """Ahead of those who see nothing; ahead or not of those who know the boxes, by two standard errors."""
-    file = finished_run / "evaluate" / "scores.json"
+    file = finished_run / "evaluate" / "cv_bench" / "scores.json"
     scores = json.loads(file.read_text())
     for row in ("overall", "3D"):
         scores["scores"][row] |= {"accuracy": 0.8, "stderr": 0.05}
@@ -102,8 +102,10 @@ def test_stages_at_work_are_shown_as_far_as_they_are(
     (finished_run / "finetune" / "metrics.jsonl").unlink()
     with (finished_run / "pretrain" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 121, "los')  # half a line
-    (finished_run / "evaluate" / "scores.json").unlink()
-    (finished_run / "evaluate" / "replies.jsonl").write_text('{"id": "2D/0", "prompt": "?", "reply": "(A)"}\n')
+    (finished_run / "evaluate" / "cv_bench" / "scores.json").unlink()
+    (finished_run / "evaluate" / "cv_bench" / "replies.jsonl").write_text(
+        '{"id": "2D/0", "prompt": "?", "reply": "(A)"}\n'
+    )
     (finished_run / "probe" / "probe.json").write_text('{"students": {}, "floor": {}}')
     page = read_page(report(config).read_text())
     assert "Pretraining, 120 steps" in page.text
@@ -130,8 +132,8 @@ def test_summary_by_hand(config: PipelineConfig, tmp_path: Path) -> None:
     assert result["probe"]["depth"]["students"]["initial"] == pytest.approx((0.61 + 0.61 + 0.59 + 0.60) / 4)
     assert list(result["stages"]) == ["corpus", "featurize", "pretrain", "finetune", "probe", "evaluate"]
     assert result["stages"]["pretrain"]["samples_per_s"] == 11.5
-    assert result["scores"]["micro"]["n"] == 24
-    assert result["baselines"]["blind"]["overall"] == 0.5
+    assert result["benchmarks"]["cv_bench"]["scores"]["micro"]["n"] == 24
+    assert result["benchmarks"]["cv_bench"]["baselines"]["blind"]["overall"] == 0.5
     assert {"python", "torch", "transformers"} <= result["provenance"]["versions"].keys()
 
 

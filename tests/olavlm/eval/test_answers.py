@@ -35,6 +35,7 @@ FURNITURE = ["chair", "table", "floor lamp", "lamp"]
         ('{"answer": "B"}', "B"),
         ("\\boxed{B}", "B"),
         ("$\\boxed{\\text{B}}$", "B"),
+        ("<answer>B</answer>", "B"),
         ("The answer is (B).", "B"),
         ("The answer is B", "B"),
         ("The answer is B because the table is nearer", "B"),
@@ -43,6 +44,8 @@ FURNITURE = ["chair", "table", "floor lamp", "lamp"]
         ("The answer is the option B.", "B"),
         ("The answer is most likely (B)", "B"),
         ("I would choose option B.", "B"),
+        ("I think it is option b.", "B"),
+        ("Choice b", "B"),
         ("It must be (B), I think.", "B"),
         ("I believe option B", "B"),
         ("The closest is A.", "A"),
@@ -105,6 +108,10 @@ def test_reads(reply: str, answer: str) -> None:
         "(A)/(B)",
         "It is not B.",
         "either (A) or (B)",
+        "The answer is (A) or (B).",
+        "Answer: (A) and (B)",
+        "option b or c",
+        "as an option a dog",
         "(A) chair (B) table (C) floor lamp (D) lamp",
         "Only answer the option as the output. For example, if your answer is the option A, answer (A).",
         "Cabbage",
@@ -128,6 +135,14 @@ def test_numbers_are_matched_as_whole_numbers() -> None:
 def test_choices_with_the_same_text_need_their_letter() -> None:
     assert parse_choice("red", ["red", "red", "blue"]) is None
     assert parse_choice("(B) red", ["red", "red", "blue"]) == "B"
+
+
+def test_a_blank_choice_has_its_letter_only() -> None:
+    """MMStar's options that cannot be told apart, and its placeholders."""
+    for reply in ("", ".", "…", "A dog.", "()"):
+        assert parse_choice(reply, ["yes", " "]) is None
+        assert parse_choice(reply, ["", "", "", ""]) is None
+    assert parse_choice("(B) something", ["", "", "", ""]) == "B"
 
 
 def test_published_defect_10_no_reply_is_answered_by_the_one_before() -> None:
@@ -157,6 +172,10 @@ def test_any_text_gives_a_letter_of_the_choices_or_none(reply: str, choices: lis
             "**{}**",
             "[{}]",
             "({}) because of it",
+            "the answer is ({}).",
+            "Final answer: {}",
+            "Option {}.",
+            "{}: it is nearer",
         ]
     ),
     lower=st.booleans(),
@@ -166,6 +185,21 @@ def test_any_text_gives_a_letter_of_the_choices_or_none(reply: str, choices: lis
 def test_every_way_of_naming_a_letter(letter: str, template: str, lower: bool, pad: str, times: int) -> None:
     reply = "\n".join([template.format(letter.lower() if lower else letter)] * times)
     assert parse_choice(pad + reply + pad, FURNITURE) == letter
+
+
+REFUSALS = ("I cannot tell", "Sorry, I can't see any picture", "I don't know which", "There is no image", "No idea:")
+
+
+@given(refusal=st.sampled_from(REFUSALS), text=st.sampled_from(["", *FURNITURE]), stop=st.sampled_from(["", ".", " …"]))
+def test_a_refusal_is_no_answer_whatever_it_mentions(refusal: str, text: str, stop: str) -> None:
+    assert parse_choice(f"{refusal} {text}{stop}", FURNITURE) is None
+
+
+@given(first=st.sampled_from("ABCD"), second=st.sampled_from("ABCD"), template=st.sampled_from(["{} or {}", "{}/{}"]))
+def test_two_options_are_no_answer_and_one_said_twice_is(first: str, second: str, template: str) -> None:
+    for stated in ("", "The answer is ", "answer: "):
+        reply = stated + template.format(f"({first})", f"({second})")
+        assert parse_choice(reply, FURNITURE) == (first if first == second else None)
 
 
 @given(

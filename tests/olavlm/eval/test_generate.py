@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from olavlm.errors import OlaError
+from olavlm.eval import generate
 from olavlm.eval.generate import Request, generate_replies
 
 
@@ -44,14 +47,15 @@ def ask(tiny_student: tuple[Any, Any]) -> Any:
 
 
 def test_replies_in_order_with_what_was_asked(ask: Any, requests: list[Request], tmp_path: Path) -> None:
-    done: list[int] = []
-    lines = ask(requests, tmp_path / "replies.jsonl", progress=done.append)
+    done: list[tuple[int, int]] = []
+    lines = ask(requests, tmp_path / "replies.jsonl", progress=lambda *reported: done.append(reported))
     assert [line["id"] for line in lines] == [request.id for request in requests]
     assert all(line["prompt"] == request.prompt for line, request in zip(lines, requests, strict=True))
     assert [line["answer"] for line in lines] == list("ABCABCA")
     assert len({line["reply"] for line in lines}) > 1  # the student looks and reads
-    assert done == [3, 3, 1]
+    assert done == [(0, 7), (3, 7), (6, 7), (7, 7)]
     assert [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()] == lines
+    assert [path.name for path in tmp_path.iterdir()] == ["replies.jsonl"]
 
 
 def test_padding_does_not_change_a_reply(ask: Any, requests: list[Request], tmp_path: Path) -> None:
@@ -71,6 +75,45 @@ def test_stopped_anywhere_it_asks_only_the_rest(
     file.write_text("".join(whole[:kept]) + torn)
     assert ask(requests, file) == unbroken
     assert file.read_text() == "".join(whole)
+
+
+class Together:
+    """One of several ranks, each a thread."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, barrier.parties
+        self.barrier = barrier.wait
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_share_the_batches_and_give_the_replies_of_one(
+    ask: Any, requests: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    alone = ask(requests, tmp_path / "alone.jsonl")
+    (tmp_path / "replies.jsonl").write_text(json.dumps(alone[4]) + "\n" + '{"id": "2D/5", "prom')
+    part = tmp_path / "replies.rank7.jsonl"  # of a run on more ranks that was killed
+    part.write_text(json.dumps(alone[0]) + "\n" + json.dumps(alone[1])[:-5])
+    asked: list[str] = []
+    reply = generate._reply
+
+    def counted(model: Any, processor: Any, batch: list[Request], max_new_tokens: int) -> list[str]:
+        asked.extend(request.id for request in batch)
+        return reply(model, processor, batch, max_new_tokens)
+
+    monkeypatch.setattr(generate, "_reply", counted)
+    barrier = threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        found = list(
+            pool.map(
+                lambda rank: ask(requests, tmp_path / "replies.jsonl", batch=2, ranks=Together(rank, barrier)),
+                range(size),
+            )
+        )
+    assert found == [alone] * size
+    assert sorted(asked) == [request.id for request in requests]  # each by one rank, in whole batches
+    lines = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert lines == alone
+    assert not list(tmp_path.glob("replies.rank*"))
 
 
 def test_a_finished_file_is_not_asked_again(requests: list[Request], ask: Any, tmp_path: Path) -> None:
