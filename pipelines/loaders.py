@@ -1,8 +1,8 @@
 """How fast stored samples become batches, against other loaders with identical samples on the same cores.
 
 A sample is one of LLaVA-558K with targets of the published size: a JPEG of 448 × 336, its conversation, int8 targets of
-576 × 1024 and 576 × 1536, and one of 1024 halves; 1.5 MB. From a warm disk, in order, every side makes the very same
-batches of 16: decoded, resized to 336 × 336, normalised, tokenized, stacked. That they are the same is checked.
+576 × 1024 and 576 × 1536, and one of 1024 halves; 1.5 MB. From a warm disk, in order, every side makes batches of 16 of
+the very same samples: decoded, resized to 336 × 336, normalised, tokenized, stacked. That they are the same is checked.
 
     ours         `train.loader.Loader`; it alone looks every sample up in the snapshot and checks every byte it reads
     pread        the same byte ranges by ``pread``, in as many threads as cores: the floor
@@ -66,7 +66,7 @@ def loaders(folder: Path) -> dict[str, Any]:
     """Samples per second of every side on one core and on all; what they read lies below `folder` meanwhile.
 
     Raises:
-        OlaError: two sides do not make the same batches.
+        OlaError: two sides do not give the same samples.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of other loaders' worker processes; ours uses one thread anyway
     shutil.rmtree(folder, ignore_errors=True)
@@ -236,19 +236,24 @@ def _streaming(folder: Path, records: Iterable[Record]) -> Callable[[Collate, in
 
 
 def _check_same(sides: dict[str, Side]) -> None:
-    """Raise if two sides' batches differ; this is also what warms disk and worker processes up."""
-    expected: dict[str, None] = {}
+    """Raise if two sides give other samples; this is also what warms disk and worker processes up."""
+    expected: set[str] = set()
     for name, side in sides.items():
-        found = dict.fromkeys(_digest(batch) for batch in side())
+        found = {digest for batch in side() for digest in _digests(batch)}
         expected = expected or found
-        if found.keys() != expected.keys():  # in whatever order: worker processes take turns
-            raise OlaError(f"loaders: {name} makes other batches than ours")
+        if found != expected or len(found) != SAMPLES:  # worker processes take turns, so in whatever order
+            raise OlaError(f"loaders: {name} gives other samples than ours")
 
 
-def _digest(batch: MicroBatch) -> str:
-    tensors: list[bytes] = []
-    batch.each(lambda tensor: tensors.append(tensor.numpy().tobytes()) or tensor)  # type: ignore[func-returns-value]
-    return content_hash(b"".join(tensors))
+def _digests(batch: MicroBatch) -> list[str]:
+    """A hash of everything there is of each sample, but for padding; they have one image each."""
+    rows = []
+    for i, mask in enumerate(batch.attention_mask.bool()):
+        own = [batch.input_ids[i][mask], batch.labels[i][mask], batch.pixel_values[i]]
+        for targets in batch.targets.values():
+            own += [targets.values[i], *([] if targets.scales is None else [targets.scales[i]])]
+        rows.append(content_hash(b"".join(tensor.numpy().tobytes() for tensor in own)))
+    return rows
 
 
 def _rates(sides: dict[str, Side]) -> dict[str, float]:
