@@ -189,7 +189,7 @@ def _operations() -> dict[str, float]:
     and without, is left out, so that the ratio is rather too high.
     """
     config = load_pipeline("llava558k-llama3-8b")
-    shape = LlamaConfig(  # type: ignore[call-arg]
+    shape = LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8,
     )  # fmt: skip
@@ -211,7 +211,7 @@ def _operations() -> dict[str, float]:
                 hidden = torch.empty(1, tokens, shape.hidden_size, device="meta", requires_grad=True)
                 prediction = predictor(hidden, mask, stack.task_tokens[task.name][None])
                 candidates = torch.empty(256, prediction[0].numel(), device="meta")
-                torch.nn.functional.linear(prediction.flatten(1), candidates).sum().backward()
+                torch.nn.functional.linear(prediction.flatten(1), candidates).sum().backward()  # type: ignore[no-untyped-call]
 
     plain, inserted = config.student.image_tokens or 576, sum(task.task_tokens for task in tasks)
     plain += 64

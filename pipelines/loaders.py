@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def _collate(processor: OlaVlmProcessor, codecs: dict[str, Any], records: list[R
         pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         processor.pixel_values([decode_image(bytes(record["jpg"])) for record in records]),
         {
-            task: Targets(stack(task), stack(f"{task}.scales") if f"{task}.scales" in records[0] else None, valid, of)
+            task: Targets(stack(task), stack(f"{task}.scales") if f"{task}.scales" in records[0] else None, valid, of)  # type: ignore[no-untyped-call]
             for task, of in codecs.items()
         },
         [""] * len(records),
@@ -188,12 +188,12 @@ def _webdataset(folder: Path, records: Iterable[Record]) -> Callable[[Collate, i
             writer.write({"__key__": f"{i:05}", "jpg": record["jpg"], "json": record["json"], **arrays})
     urls = sorted(map(str, folder.glob("*.tar")))
 
-    def record(sample: dict[str, Any]) -> Record:
+    def parse(sample: dict[str, Any]) -> Record:
         arrays = {name[:-4]: np.load(io.BytesIO(data)) for name, data in sample.items() if name.endswith(".npy")}
         return {"jpg": sample["jpg"], "json": sample["json"], **arrays}
 
     def opened(collate: Collate, workers: int) -> Iterable[MicroBatch]:
-        data = webdataset.WebDataset(urls, shardshuffle=False).map(record).batched(BATCH, collation_fn=collate)
+        data = webdataset.WebDataset(urls, shardshuffle=False).map(parse).batched(BATCH, collation_fn=collate)
         return DataLoader(data, batch_size=None, **_options(workers))
 
     return opened
@@ -211,7 +211,8 @@ def _litdata(folder: Path, records: Iterable[Record]) -> Callable[[Collate, int]
 
     def opened(collate: Collate, workers: int) -> Iterable[MicroBatch]:
         data = litdata.StreamingDataset(str(folder))
-        return litdata.StreamingDataLoader(data, batch_size=BATCH, collate_fn=collate, **_options(workers))
+        loader: Any = litdata.StreamingDataLoader(data, batch_size=BATCH, collate_fn=collate, **_options(workers))
+        return cast(Iterable[MicroBatch], loader)
 
     return opened
 
@@ -341,9 +342,11 @@ def _commit(config: PipelineConfig, task: str, rng: np.random.Generator) -> None
     """Normal features for every image of the corpus, as if the task's teacher had made them."""
     corpus, stated = Corpus.open(config.data["all"].corpus), config.teachers[task]
     keys = ("teacher", "weights", "revision", "view", "input_size", "grid", "width", "codec")
-    shared = {key: getattr(stated, key) for key in keys}
+    shared: dict[str, Any] = {key: getattr(stated, key) for key in keys}
     layers = None if stated.layers is None else tuple(stated.layers)
-    unknown = dict.fromkeys(("weights_hash", "preprocessing", "position_embedding", "pooling"), "random")
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("weights_hash", "preprocessing", "position_embedding", "pooling"), "random"
+    )
     identity = Identity(task=task, compute_dtype=stated.dtype, layers=layers, **shared, **unknown)
     target = TargetStore.create(str(config.data["all"].targets), corpus.id).add(identity, block=64)
     features = rng.standard_normal((1, stated.tokens, stated.width), np.float32)
