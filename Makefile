@@ -64,7 +64,7 @@ sweep: setup  ## many settings on one store, one table: ARGS="--over KEY VALUE V
 teachers: setup  ## train the demo world's teachers and student base from nothing, print their gates
 	$(RUN) -m pipelines teachers $(ARGS)
 
-bench: setup  ## measured ratios: stored targets against teachers online, our featurization against other ways
+bench: setup  ## measured ratios: stored targets against teachers online, our featurization and loader against others'
 	$(RUN) -m pipelines bench $(ARGS)
 
 codecs: setup  ## what storing targets in fewer bits costs, and what it does to a student

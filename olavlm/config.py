@@ -239,6 +239,13 @@ class FeaturizeConfig(Section):
     training_runs: Positive = 3  # experiments the store will serve, for `plan`'s break-even
 
 
+class CacheConfig(Section):
+    """Where training keeps what it reads of tars and targets in an object store; changes nothing but its speed."""
+
+    folder: str  # on a local disk; all processes of a machine, and all pipelines, may share it
+    gib: Annotated[float, Field(gt=0)]  # that its files may take; a full one goes on serving what it has
+
+
 class PipelineConfig(Section):
     """A whole pipeline file."""
 
@@ -252,6 +259,7 @@ class PipelineConfig(Section):
     stages: dict[Literal["pretrain", "vpt", "finetune"], StageConfig]
     probe: ProbeConfig | None = None
     eval: EvalConfig | None = None
+    cache: CacheConfig | None = None
 
     @model_validator(mode="after")
     def _references(self) -> "PipelineConfig":
@@ -268,6 +276,8 @@ class PipelineConfig(Section):
             known("student.tasks", task, self.teachers)
         if "://" in self.run_dir:
             raise ValueError(f"run_dir: expected a local folder, found {self.run_dir!r}")
+        if self.cache and "://" in self.cache.folder:
+            raise ValueError(f"cache.folder: expected a local folder, found {self.cache.folder!r}")
         for task in self.student.layers:
             known("student.layers", task, self.teachers)
         for encoder in self.student.encoders:

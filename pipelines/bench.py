@@ -1,7 +1,10 @@
 """Measured ratios, both sides in one run: targets read from the store against teachers inside the training step.
 
     features      one image's three targets, decoded: read from the store | the teachers, batched | one image at a time
-    step          one optimizer step of the demo student with targets from each of the three, and without any
+    step          one optimizer step of the demo student with targets from each of the three, and without any: time, and
+                  the peak memory of a process that does only that
+    loaders       our loader | bare reading | other loaders, on samples of the published size (`pipelines.loaders`)
+    operations    of a pretraining step of Llama-3-8B's shape, with embedding losses and without; counted, not run
     scenes        how many the demo world renders per second and core, at each level
     featurizing   a worker | the published way | Ray Data | a bare forward; by number of tars (`pipelines.throughput`)
     full size     (--full-size) the published teachers, random weights, one image | reading a stored row of that size
@@ -10,20 +13,26 @@
 """
 
 import json
+import multiprocessing
+import resource
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from featurize import teachers
 from featurize.stage import run_pipeline
@@ -36,9 +45,11 @@ from olavlm.data.atomic import replace
 from olavlm.data.commit import TarWriter
 from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetStore
+from olavlm.model.configuration import parse_tasks
+from olavlm.model.distill import EmbeddingStack
 from olavlm.provenance import provenance
 from pipelines import corpus as corpora
-from pipelines import throughput
+from pipelines import loaders, throughput
 from pipelines.demo_world.processes import scenes_per_second
 from pipelines.demo_world.scenes import LEVELS
 from train import stage, student
@@ -63,6 +74,9 @@ def bench(full_size: bool) -> dict[str, Any]:
     corpora.build(config)
     run_pipeline(config)
     result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
+    result["memory_mib"] = _memory(config)
+    result["loaders"] = loaders.loaders(Path("runs/bench/loaders"))
+    result["operations"] = _operations()
     result["scenes_per_second"] = {name: scenes_per_second(level) for name, level in LEVELS.items()}
     result["throughput"] = throughput.throughput(Path("runs/bench"))
     if full_size:
@@ -98,6 +112,27 @@ class Online:
 
 def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
     """`features` and `step` at the demo's size."""
+    sides = _sides(config)
+    loss_gap = abs(sides["step/stored"]() - sides["step/online, batched"]())
+    return {"seconds": _in_turn(sides), "loss_gap": loss_gap}
+
+
+def _memory(config: PipelineConfig) -> dict[str, float]:
+    """Peak resident MiB of a process of its own for each way to make a step."""
+    names = ("step/no embedding loss", "step/stored", "step/online, batched", "step/online, one by one")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        return {name: pool.submit(_peak, config, name).result() for name in names}
+
+
+def _peak(config: PipelineConfig, name: str) -> float:
+    side = _sides(config, online="online" in name)[name]
+    for _ in range(3):
+        side()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _sides(config: PipelineConfig, online: bool = True) -> dict[str, Callable[[], Any]]:
+    """What is measured at the demo's size, each ready to run; teachers are loaded for those online only."""
     settings = student.stage_config(config, "pretrain")
     tasks = tuple(settings.losses)
     world = World.join()
@@ -108,7 +143,7 @@ def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
     parameters = [p for pairs in parts.values() for _, p in pairs]
     samples = stage.order_of(snapshot, "pretrain", settings, config.seed).batch(0)[:BATCH]
     loader = Loader(snapshot, processor, list(tasks), settings.max_length, range(1), lambda _: [samples], 1)
-    loaded = {task: teachers.load(config.teachers[task]) for task in tasks}
+    loaded = {task: teachers.load(config.teachers[task]) for task in tasks} if online else {}
     batched, single = Online(loaded, snapshot, BATCH), Online(loaded, snapshot, 1)
     batched.samples = single.samples = samples
     batch = loader.read(samples)
@@ -125,7 +160,7 @@ def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
         return float(terms["loss"])
 
     losses = dict(settings.losses)
-    sides: dict[str, Callable[[], Any]] = {
+    return {
         "features/stored": read,
         "features/online, batched": lambda: batched(batch),
         "features/online, one by one": lambda: single(batch),
@@ -134,8 +169,6 @@ def _demo_scale(config: PipelineConfig) -> dict[str, Any]:
         "step/online, batched": lambda: step(losses, batched, []),
         "step/online, one by one": lambda: step(losses, single, []),
     }
-    loss_gap = abs(sides["step/stored"]() - sides["step/online, batched"]())
-    return {"seconds": _in_turn(sides), "loss_gap": loss_gap}
 
 
 def _in_turn(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
@@ -147,6 +180,51 @@ def _in_turn(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
             side()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _operations() -> dict[str, float]:
+    """Floating-point operations, per image, of a pretraining step's forward and backward pass at Llama-3-8B's shape.
+
+    One image of 576 tokens and 64 of text; InfoNCE among 256 targets. The vision tower, whose cost is the same with
+    and without, is left out, so that the ratio is rather too high.
+    """
+    config = load_pipeline("llava558k-llama3-8b")
+    shape = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    tasks = parse_tasks(student.tasks(config), shape.hidden_size, shape.num_hidden_layers)
+    stack = EmbeddingStack()
+    with torch.device("meta"):
+        language = LlamaForCausalLM(shape).requires_grad_(False)
+        stack.add_stack(tasks, shape.hidden_size, config.student.predictors_read_text)
+
+    def text(tokens: int) -> None:
+        embeddings = torch.empty(1, tokens, shape.hidden_size, device="meta", requires_grad=True)
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device="meta")  # a ready one: none is looked into
+        language(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits.sum().backward()
+
+    def losses(tokens: int) -> None:
+        mask = torch.ones(1, tokens, dtype=torch.bool, device="meta")
+        for task in tasks:
+            for predictor in cast(Any, stack.predictors[task.name]).values():
+                hidden = torch.empty(1, tokens, shape.hidden_size, device="meta", requires_grad=True)
+                prediction = predictor(hidden, mask, stack.task_tokens[task.name][None])
+                candidates = torch.empty(256, prediction[0].numel(), device="meta")
+                torch.nn.functional.linear(prediction.flatten(1), candidates).sum().backward()  # type: ignore[no-untyped-call]
+
+    plain, inserted = config.student.image_tokens or 576, sum(task.task_tokens for task in tasks)
+    plain += 64
+    counts = {}
+    for name, run in (
+        ("text", partial(text, plain)),
+        ("text, with task tokens", partial(text, plain + inserted)),
+        ("embedding losses", partial(losses, plain + inserted)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts[name] = float(counter.get_total_flops())
+    return counts
 
 
 def _full_size() -> dict[str, Any]:
@@ -221,6 +299,17 @@ def _print(result: dict[str, Any]) -> None:
                 table.add_row(name, f"{1e3 * value / result['batch']:.2f}", f"{value / seconds[base]:.2f}")
         console.print(table)
     console.print(f"loss with stored targets and with teachers online differs by {result['loss_gap']:.1e} (int8)")
+    peaks = ", ".join(f"{name.partition('/')[2]}: {mib:.0f}" for name, mib in result["memory_mib"].items())
+    console.print(f"peak memory of a process that makes such steps, MiB: {peaks}", highlight=False)
+    loaders.show(result["loaders"], console)
+    counts = result["operations"]
+    more = (counts["text, with task tokens"] + counts["embedding losses"]) / counts["text"] - 1
+    own = counts["embedding losses"] / counts["text"]
+    console.print(
+        f"operations of embedding losses at Llama-3-8B's shape: +{own:.1%} of a step without, +{more:.1%} with those "
+        "of the task tokens in the sequence",
+        highlight=False,
+    )
     rendered = ", ".join(f"{level}: {rate:.0f}" for level, rate in result["scenes_per_second"].items())
     console.print(f"scenes rendered per second of one core: {rendered}")
     throughput.show(result["throughput"], console)

@@ -137,7 +137,7 @@ def _against_ray_data(config: PipelineConfig) -> dict[str, Any]:
 
     whole, start = len(tars), WORKERS
     session = tempfile.mkdtemp(prefix="bench-ray-")
-    with _cores(WORKERS):
+    with only_cores(WORKERS):
         # Reading and writing tasks of Ray Data want CPUs besides its actors'.
         ray.init(
             num_cpus=2 * WORKERS,
@@ -322,7 +322,7 @@ def _gap(config: PipelineConfig, features: Features) -> float:
 def _best(sides: dict[Any, Callable[[], None]], cores: int | None = None) -> dict[Any, float]:
     """Least seconds of each side; one run of each after the other, on so many cores (default: as it is)."""
     seconds = dict.fromkeys(sides, float("inf"))
-    with _cores(cores or len(os.sched_getaffinity(0))):
+    with only_cores(cores or len(os.sched_getaffinity(0))):
         for _ in range(RUNS):
             for name, side in sides.items():
                 start = time.perf_counter()
@@ -332,7 +332,7 @@ def _best(sides: dict[Any, Callable[[], None]], cores: int | None = None) -> dic
 
 
 @contextmanager
-def _cores(count: int) -> Iterator[None]:
+def only_cores(count: int) -> Iterator[None]:
     """This thread, and whatever it starts, on the first `count` of its cores; torch on one thread each."""
     allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(allowed)[:count])

@@ -3,6 +3,11 @@
 Reading, decoding and resizing release the GIL, so threads are enough, and nothing is copied between processes. One
 thread makes one micro-batch from start to end: there is no shared state, and the result does not depend on how many
 threads there are. What a sample is made of was pinned; here it is checked once more, byte for byte (promise 1).
+
+A micro-batch is allocated once and written in place: targets go from the file straight into their row. For a GPU it is
+pinned memory; PyTorch keeps the pinned blocks of batches that are gone and hands them out again, each only after the
+copies that read it are done, so that nothing is pinned anew and no ring of buffers needs guarding here. From an object
+store a micro-batch asks for many ranges at a time; `olavlm.data.cache` may keep them.
 """
 
 import math
@@ -23,6 +28,7 @@ from olavlm.config import Codec
 from olavlm.data import codec
 from olavlm.data.corpus import IMAGE_PLACEHOLDER, content_hash, conversation
 from olavlm.data.images import decode_image
+from olavlm.data.objects import ObjectPath
 from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmProcessor
@@ -30,7 +36,10 @@ from olavlm.model.processing import Encoded
 from train.order import Ints
 from train.snapshot import Image, Sample, Snapshot
 
+Array = np.ndarray[Any, Any]
+
 IGNORED = -100
+_REQUESTS = 32  # to an object store at the same time
 
 
 @dataclass
@@ -111,6 +120,10 @@ class Loader:
         self._snapshot, self._processor, self._tasks = snapshot, processor, tasks
         self._max_length, self._share, self.steps = max_length, share, steps
         self._threads, self._pin = threads, pin_memory
+        files = [corpus.tar_path(tar) for corpus in snapshot.corpora.values() for tar in corpus.tars]
+        files += [target.path for of_task in snapshot.targets.values() for target in of_task.values()]
+        remote = any(isinstance(file, ObjectPath) for file in files)
+        self._map = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="requests").map if remote else map
         self._tokenizer_lock = threading.Lock()  # a fast tokenizer must not be used by two threads at once
         self.waited = 0.0
 
@@ -140,20 +153,21 @@ class Loader:
             OlaError: bytes or target of a sample are not the pinned ones, or its text and images do not fit together.
         """
         samples = [self._snapshot.sample(int(number)) for number in numbers]
-        texts = [self._encode(sample) for sample in samples]
+        texts = list(self._map(self._encode, samples))
         kept = [self._processor.images_in(text.input_ids) for text in texts]  # images of turns cut off are not read
         used = [(sample, image) for sample, n in zip(samples, kept, strict=True) for image in sample.images[:n]]
-        pictures = [self._picture(sample, image) for sample, image in used]
-        batch = MicroBatch(
-            input_ids=_pad([text.input_ids for text in texts], self._processor.tokenizer.pad_token_id),
-            attention_mask=_pad([torch.ones_like(text.input_ids) for text in texts], 0),
-            labels=_pad([text.labels for text in texts], IGNORED),
-            pixel_values=self._processor.pixel_values(pictures),
+        pictures = list(self._map(self._picture, used))
+        size = self._processor.image_size
+        pixel_values = self._empty((len(used), 3, size, size), torch.float32)
+        return MicroBatch(
+            input_ids=self._pad([text.input_ids for text in texts], self._processor.tokenizer.pad_token_id),
+            attention_mask=self._pad([torch.ones_like(text.input_ids) for text in texts], 0),
+            labels=self._pad([text.labels for text in texts], IGNORED),
+            pixel_values=self._processor.pixel_values(pictures, pixel_values),
             targets={task: self.read_targets(task, used) for task in self._tasks},
             keys=[str(sample) for sample in samples],
             answers_cut=[text.answers_cut for text in texts],
         )
-        return batch.each(Tensor.pin_memory) if self._pin else batch
 
     def _encode(self, sample: Sample) -> Encoded:
         """The sample's conversation in tokens, cut at max_length."""
@@ -169,8 +183,9 @@ class Loader:
         except ValueError as error:
             raise OlaError(f"{sample}: {error}") from None
 
-    def _picture(self, sample: Sample, image: Image) -> PILImage:
-        data = self._snapshot.corpora[sample.data].read(sample.tar, image.offset, image.bytes)
+    def _picture(self, used: tuple[Sample, Image]) -> PILImage:
+        sample, image = used
+        data = self._snapshot.corpora[sample.data].read(sample.tar, image.offset, image.bytes, image.hash)
         found = content_hash(data)
         if found != image.hash:
             raise OlaError(
@@ -183,27 +198,44 @@ class Loader:
             raise OlaError(f"{sample}, image {image.index}: {error}, though it was decodable when indexed") from None
 
     def read_targets(self, task: str, used: list[tuple[Sample, Image]]) -> Targets:
-        """One task's target of every image in `used`, written straight into the batch's arrays. Raises as `read`."""
+        """One task's target of every image in `used`, read straight into the batch's arrays. Raises as `read`."""
         sets = {name: of_task[task] for name, of_task in self._snapshot.targets.items()}
         identity = next(iter(sets.values())).identity
         layout = identity.layout
-        values = torch.from_numpy(np.zeros((len(used), *layout.shape), layout.dtype))
+        values = self._empty((len(used), *layout.shape), _torch(layout.dtype))
         scales = None
         if layout.scales_dtype:
-            scales = torch.from_numpy(np.zeros((len(used), *layout.scales_shape), layout.scales_dtype))
-        valid = torch.zeros(len(used), dtype=torch.bool)
-        for i, (sample, image) in enumerate(used):
+            scales = self._empty((len(used), *layout.scales_shape), _torch(layout.scales_dtype))
+        valid = self._empty((len(used),), torch.bool)
+
+        def fill(i: int) -> None:
+            (sample, image), arrays = used[i], (values.numpy()[i], None if scales is None else scales.numpy()[i])
             row = image.targets.get(task)
+            valid[i] = row is not None
             if row is not None:
-                found, found_scales = _read_target(sets[sample.data], row, sample, image)
-                values.numpy()[i] = found
-                if scales is not None:
-                    scales.numpy()[i] = found_scales
-                valid[i] = True
+                _read_target(sets[sample.data], row, sample, image, *arrays)
+                return
+            for array in arrays:
+                if array is not None:
+                    array.fill(0)
+
+        list(self._map(fill, range(len(used))))
         return Targets(values, scales, valid, identity.codec)
 
+    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
+        """(b, longest) int64, filled up on the right."""
+        out = self._empty((len(rows), max((len(row) for row in rows), default=0)), torch.int64).fill_(value)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = row
+        return out
 
-def _read_target(target: TargetSet, row: dict[str, Any], sample: Sample, image: Image) -> tuple[Any, Any]:
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
+
+
+def _read_target(
+    target: TargetSet, row: dict[str, Any], sample: Sample, image: Image, values: Array, scales: Array | None
+) -> None:
     """One target, after a last look at whose it is (promise 1)."""
     if (row["image_hash"], row["image_index"]) != (image.hash, image.index):
         raise OlaError(
@@ -211,14 +243,10 @@ def _read_target(target: TargetSet, row: dict[str, Any], sample: Sample, image: 
             f"{row['image_index']} with hash {row['image_hash']}"
         )
     try:
-        return target.read(row, sample.key)
+        target.read_into(row, sample.key, values, scales)
     except OlaError as error:
         raise OlaError(f"{sample}, image {image.index}: {error}") from None
 
 
-def _pad(rows: list[Tensor], value: int) -> Tensor:
-    """(b, longest) int64, filled up on the right."""
-    out = torch.full((len(rows), max((len(row) for row in rows), default=0)), value, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
+def _torch(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype

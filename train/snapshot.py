@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from olavlm.config import PipelineConfig, View
 from olavlm.data.atomic import replace
+from olavlm.data.cache import Cache
 from olavlm.data.corpus import Corpus, Tar, content_hash, read_parquet
 from olavlm.data.manifest import listed, summaries
 from olavlm.data.targets import TargetSet, TargetStore
@@ -224,8 +225,9 @@ def find_data(config: PipelineConfig, request: Request) -> tuple[dict[str, Corpu
         OlaError: one is missing, or of another corpus, teacher or view than the pipeline states, or one task's are of
             several teachers (promise 7).
     """
-    corpora = {name: Corpus.open(config.data[name].corpus) for name in request.data}
-    targets = {name: _find_targets(config, request, name, corpus) for name, corpus in corpora.items()}
+    cache = Cache(Path(config.cache.folder), int(config.cache.gib * 2**30)) if config.cache else None
+    corpora = {name: Corpus.open(config.data[name].corpus, cache) for name in request.data}
+    targets = {name: _find_targets(config, request, name, corpus, cache) for name, corpus in corpora.items()}
     for task in request.read:
         sets = {name: of_task[task].path.name for name, of_task in targets.items()}
         if len({*sets.values()}) > 1:
@@ -234,14 +236,16 @@ def find_data(config: PipelineConfig, request: Request) -> tuple[dict[str, Corpu
     return corpora, targets
 
 
-def _find_targets(config: PipelineConfig, request: Request, name: str, corpus: Corpus) -> dict[str, TargetSet]:
+def _find_targets(
+    config: PipelineConfig, request: Request, name: str, corpus: Corpus, cache: Cache | None
+) -> dict[str, TargetSet]:
     """The target set of every task asked for, refused if it is not what the pipeline states (promise 7)."""
     if not request.read:
         return {}
     path = config.data[name].targets
     if path is None:
         raise OlaError(f"data.{name}.targets: missing, and {request.stage} needs targets of {', '.join(request.read)}")
-    store = TargetStore.open(path, corpus.id)
+    store = TargetStore.open(path, corpus.id, cache)
     found = {task: store.find(task, config.teachers[task]) for task in request.read}
     for task, target in found.items():
         if target.identity.view != request.view and not request.allow_view_mismatch:

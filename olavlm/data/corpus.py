@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from olavlm.data.cache import Cache
 from olavlm.data.files import OpenFiles
-from olavlm.data.objects import AnyPath, as_path, join
+from olavlm.data.objects import AnyPath, ObjectPath, as_path, join
 from olavlm.errors import OlaError
 
 SCHEMA_VERSION = 1
@@ -91,16 +92,21 @@ class Tar:
 class Corpus:
     """A finished corpus, open for reading; safe to share between threads."""
 
-    def __init__(self, path: AnyPath, corpus_id: str, tars: list[Tar]) -> None:
+    def __init__(self, path: AnyPath, corpus_id: str, tars: list[Tar], cache: Cache | None = None) -> None:
         self.path = path
         self.id = corpus_id
         self.tars = tars
+        self._cache = cache
         self._by_name = {tar.name: tar for tar in tars}
         self._files = OpenFiles()
 
     @classmethod
-    def open(cls, path: AnyPath | str) -> "Corpus":
+    def open(cls, path: AnyPath | str, cache: Cache | None = None) -> "Corpus":
         """Open the corpus in a folder, or at a URL.
+
+        Args:
+            path: the folder or URL.
+            cache: keeps what is read of tars in an object store.
 
         Raises:
             OlaError: there is none, it is not finished, damaged, or of another schema version.
@@ -118,7 +124,7 @@ class Corpus:
         if version != SCHEMA_VERSION:
             raise OlaError(f"{manifest}: schema version {version}, this software reads {SCHEMA_VERSION}")
         columns = read_parquet(path / "tars.parquet", TARS_SCHEMA).to_pydict()
-        return cls(path, corpus_id, [Tar(*row) for row in zip(*columns.values(), strict=True)])
+        return cls(path, corpus_id, [Tar(*row) for row in zip(*columns.values(), strict=True)], cache)
 
     def tar(self, name: str) -> Tar:
         """The tar of that name.
@@ -147,13 +153,28 @@ class Corpus:
             raise OlaError(f"{file}: made of a tar with hash {made_of or 'unknown'}, tars.parquet says {tar.hash}")
         return table
 
-    def read(self, tar: Tar, offset: int, nbytes: int) -> bytes:
+    def read(self, tar: Tar, offset: int, nbytes: int, expected: str | None = None) -> bytes:
         """Read a byte range of a tar (``pread``: no shared position, no lock held while reading).
+
+        Args:
+            tar: the tar.
+            offset: where the range begins.
+            nbytes: how long it is.
+            expected: `content_hash` of the range, where it is known; bytes with another are returned, but not cached.
 
         Raises:
             OlaError: the tar is gone, has another size than when it was indexed, or ends before the range does.
         """
         path = self.tar_path(tar)
+        if self._cache is None or not isinstance(path, ObjectPath):
+            return self._read(tar, path, offset, nbytes)
+        return self._cache.read(
+            f"{tar.hash} {offset} {nbytes}",
+            fetch=lambda: self._read(tar, path, offset, nbytes),
+            good=lambda data: expected in (None, content_hash(data)),
+        )
+
+    def _read(self, tar: Tar, path: AnyPath, offset: int, nbytes: int) -> bytes:
         try:
             data, size = self._files.pread(path, nbytes, offset), self._files.size(path)
         except OSError as error:

@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from olavlm.data.objects import AnyPath, ObjectPath
 
@@ -48,6 +50,10 @@ class OpenFiles:
         """
         return self._opened(path).pread(count, offset)
 
+    def readinto(self, path: AnyPath, array: np.ndarray[Any, Any], offset: int) -> int:
+        """Fill a contiguous array with the bytes from `offset` on; how many of them there were. Raises as `pread`."""
+        return self._opened(path).readinto(array, offset)
+
     def size(self, path: AnyPath) -> int:
         """Bytes of the file as it was opened; as cheap as a lookup once something was read of it."""
         return self._opened(path).size
@@ -73,6 +79,9 @@ class _Descriptor:
     def pread(self, count: int, offset: int) -> bytes:
         return os.pread(self.fd, count, offset)
 
+    def readinto(self, array: np.ndarray[Any, Any], offset: int) -> int:
+        return os.preadv(self.fd, [array.data], offset)
+
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -94,3 +103,8 @@ class _Object:
     def pread(self, count: int, offset: int) -> bytes:
         data, self._size = self._path.pread(count, offset)
         return data
+
+    def readinto(self, array: np.ndarray[Any, Any], offset: int) -> int:
+        data = self.pread(array.nbytes, offset)
+        array.reshape(-1).view(np.uint8)[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)

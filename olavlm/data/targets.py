@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 
 from olavlm.config import Codec, Dtype, Format, TeacherConfig, View
 from olavlm.data.atomic import ensure
+from olavlm.data.cache import Cache
 from olavlm.data.codec import Layout, layout
 from olavlm.data.corpus import content_hash
 from olavlm.data.files import OpenFiles
@@ -146,13 +147,14 @@ class Identity:
 class TargetStore:
     """All target sets of one corpus, in one folder or below one URL."""
 
-    def __init__(self, path: AnyPath, corpus_id: str):
+    def __init__(self, path: AnyPath, corpus_id: str, cache: Cache | None = None):
         self.path = path
         self.corpus_id = corpus_id
+        self._cache = cache
 
     @classmethod
-    def open(cls, path: str | AnyPath, corpus_id: str) -> "TargetStore":
-        """Open the store of a corpus.
+    def open(cls, path: str | AnyPath, corpus_id: str, cache: Cache | None = None) -> "TargetStore":
+        """Open the store of a corpus; `cache` keeps what is read of targets in an object store.
 
         Raises:
             OlaError: no store there, one of another corpus, or written by another version of the layout.
@@ -170,7 +172,7 @@ class TargetStore:
             raise OlaError(f"{file}: schema {schema!r}, this version reads {SCHEMA_VERSION}")
         if corpus != corpus_id:
             raise OlaError(f"{file}: these targets belong to corpus {corpus}, not to corpus {corpus_id}")
-        return cls(path, corpus_id)
+        return cls(path, corpus_id, cache)
 
     @classmethod
     def create(cls, path: str | AnyPath, corpus_id: str) -> "TargetStore":
@@ -182,7 +184,7 @@ class TargetStore:
     def targets(self) -> list["TargetSet"]:
         """Every target set, by folder name."""
         files: Iterable[AnyPath] = self.path.glob("[!.]*/target.json")
-        return [TargetSet(file.parent) for file in sorted(files, key=str)]
+        return [TargetSet(file.parent, self._cache) for file in sorted(files, key=str)]
 
     def add(self, identity: Identity, block: int, form: Format = "zarr") -> "TargetSet":
         """The target set of `identity`, made with `block` images per shard in this form if it is not there yet.
@@ -231,8 +233,9 @@ class TargetStore:
 class TargetSet:
     """One teacher's targets of one corpus."""
 
-    def __init__(self, path: AnyPath):
+    def __init__(self, path: AnyPath, cache: Cache | None = None):
         self.path = path
+        self._cache = cache
         file = path / "target.json"
         try:
             content = json.loads(file.read_text())
@@ -288,14 +291,27 @@ class TargetSet:
         return table
 
     def read(self, row: Mapping[str, Any], key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-        """One image's target. Safe to call from many threads.
+        """One image's target in new arrays: values and scales (or None), what `codec.decode` takes; see `read_into`."""
+        stored = self.identity.layout
+        values = np.empty(stored.shape, stored.dtype)
+        scales = None if stored.scales_dtype is None else np.empty(stored.scales_shape, stored.scales_dtype)
+        self.read_into(row, key, values, scales)
+        return values, scales
+
+    def read_into(
+        self,
+        row: Mapping[str, Any],
+        key: str,
+        values: np.ndarray[Any, Any],
+        scales: np.ndarray[Any, Any] | None,
+    ) -> None:
+        """Read one image's target, straight from a disk into the arrays given. Safe to call from many threads.
 
         Args:
             row: the image's row of a commit, with status ``ok``.
             key: the sample the caller means to read; compared with the row's and covered by the checksum.
-
-        Returns:
-            values and scales (or None) as the identity's `layout` says: what `codec.decode` takes.
+            values: contiguous, of the dtype and shape that the identity's `layout` says; what it held is lost.
+            scales: likewise, where the codec has scales.
 
         Raises:
             OlaError: another key, an image without a target, missing or damaged bytes; naming the file and the key.
@@ -305,20 +321,25 @@ class TargetSet:
                 f"{self.path}: wanted the target of sample {key!r}, the commit's row is of {row['key']!r} "
                 f"with status {row['status']!r} {row['reason'] or ''}".rstrip()
             )
-        stored = self.identity.layout
-        values = self._pread(self.values_file(row["block"]), row["values_offset"], row["values_bytes"], key)
-        scales = b""
-        if stored.scales_dtype:
-            scales = self._pread(self.scales_file(row["block"]), row["scales_offset"], row["scales_bytes"], key)
-        if checksum(key, scales, values) != row["checksum"]:
+        arrays = [values] if scales is None else [scales, values]
+        if self._cache is None or not isinstance(self.path, ObjectPath):
+            self._fill(row, key, values, scales)
+        else:
+
+            def fetch() -> bytes:
+                self._fill(row, key, values, scales)
+                return b"".join(array.tobytes() for array in arrays)
+
+            name = f"{self.values_file(row['block'])} {row['values_offset']} {row['checksum']}"
+            data = self._cache.read(name, fetch, good=lambda _: _checksum_of(key, values, scales) == row["checksum"])
+            for array in arrays:
+                array.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8, array.nbytes)
+                data = data[array.nbytes :]
+        if _checksum_of(key, values, scales) != row["checksum"]:
             raise OlaError(
                 f"{self.values_file(row['block'])}: damaged: the target of sample {key!r}, image {row['image_index']}, "
                 "has another checksum than its commit says; `python -m featurize verify` lists all such"
             )
-        array = np.frombuffer(values, stored.dtype).reshape(stored.shape)
-        if stored.scales_dtype is None:
-            return array, None
-        return array, np.frombuffer(scales, stored.scales_dtype).reshape(stored.scales_shape)
 
     def values_file(self, block: int) -> AnyPath:
         """The shard object with a block's values."""
@@ -339,19 +360,29 @@ class TargetSet:
             path = path / "0"
         return path
 
-    def _pread(self, file: AnyPath, offset: int, count: int, key: str) -> bytes:
+    def _fill(
+        self, row: Mapping[str, Any], key: str, values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any] | None
+    ) -> None:
+        self._pread(self.values_file(row["block"]), values, row["values_offset"], key)
+        if scales is not None:
+            self._pread(self.scales_file(row["block"]), scales, row["scales_offset"], key)
+
+    def _pread(self, file: AnyPath, array: np.ndarray[Any, Any], offset: int, key: str) -> None:
         try:
-            data = self._files.pread(file, count, offset)
+            count = self._files.readinto(file, array, offset)
         except FileNotFoundError:
             raise OlaError(f"{file}: missing, though the target of sample {key!r} is committed in it") from None
-        if len(data) != count:
+        if count != array.nbytes:
             raise OlaError(
-                f"{file}: cut short: of sample {key!r} at byte {offset}, {len(data)} of {count} bytes are there"
+                f"{file}: cut short: of sample {key!r} at byte {offset}, {count} of {array.nbytes} bytes are there"
             )
-        return data
 
 
-def checksum(key: str, scales: bytes, values: bytes) -> int:
+def checksum(key: str, scales: bytes | np.ndarray[Any, Any], values: bytes | np.ndarray[Any, Any]) -> int:
     """Crc32c over key, scales and values: a target moved to another sample is as wrong as a damaged one."""
     crc = google_crc32c.extend(google_crc32c.value(key.encode()), scales)
     return int(google_crc32c.extend(crc, values))
+
+
+def _checksum_of(key: str, values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any] | None) -> int:
+    return checksum(key, b"" if scales is None else scales, values)

@@ -155,20 +155,28 @@ class OlaVlmProcessor(ProcessorMixin):
         ]
         self._inserted = {*self.image_block} - {self.image_token_id}
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+    def pixel_values(self, images: Sequence[Image.Image], out: Tensor | None = None) -> Tensor:
         """The vision tower's input: each image brought into the view, scaled to [0, 1] and normalised.
+
+        Args:
+            images: n of them.
+            out: where to write it; default: new memory.
 
         Returns:
             (n, 3, S, S) fp32.
         """
         size = self.image_size
-        values: Any = np.empty((len(images), size, size, 3), np.float32)
-        for i, image in enumerate(images):
-            values[i] = np.asarray(apply_view(image.convert("RGB"), self.view, size))
-        mean = np.asarray(self.image_processor.image_mean, np.float32)
-        std = np.asarray(self.image_processor.image_std, np.float32)
-        values = (values / 255 - mean) / std
-        return torch.from_numpy(np.ascontiguousarray(values.transpose(0, 3, 1, 2)))
+        out = torch.empty(len(images), 3, size, size) if out is None else out
+        mean, std = (
+            np.asarray(values, np.float32)[:, None, None]
+            for values in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        for image, values in zip(images, out.numpy(), strict=True):  # one at a time: it stays in the processor's cache
+            values[...] = np.asarray(apply_view(image.convert("RGB"), self.view, size)).transpose(2, 0, 1)
+            values /= 255
+            values -= mean
+            values /= std
+        return out
 
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
         """The text a reply to these turns starts from, in the chat template; `__call__` takes it.

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from featurize.corpus.pack import pack_llava_json
-from olavlm.config import PipelineConfig, TeacherConfig, load_pipeline
+from olavlm.config import Format, PipelineConfig, TeacherConfig, load_pipeline
 from olavlm.data import codec
 from olavlm.data.commit import TarWriter, describe_arrays, first_blocks
 from olavlm.data.corpus import Corpus
@@ -151,8 +151,13 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     return install
 
 
-def commit_targets(world: World, task: str, teacher: TeacherConfig, constant: bool = False) -> TargetSet:
-    """Random targets for every image of the world's corpus, committed as featurization does; or one for all of them."""
+def commit_targets(
+    world: World, task: str, teacher: TeacherConfig, constant: bool = False, form: Format = "zarr"
+) -> TargetSet:
+    """Random targets for every image of the world's corpus, committed as featurization does; or one for all of them.
+
+    A set that is there in another form is replaced.
+    """
     corpus = world.corpus()
     store = TargetStore.create(world.folder / "targets", corpus.id)
     identity = Identity(
@@ -172,7 +177,10 @@ def commit_targets(world: World, task: str, teacher: TeacherConfig, constant: bo
         width=teacher.width,
         codec=teacher.codec,
     )
-    target = store.add(identity, block=4)
+    for other in store.targets():
+        if other.identity == identity and other.format != form:
+            shutil.rmtree(str(other.path))
+    target = store.add(identity, block=4, form=form)
     starts = first_blocks([tar.images for tar in corpus.tars], 4)
     describe_arrays(target, rows=100)
     rng = np.random.default_rng(len(task))
