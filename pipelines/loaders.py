@@ -129,7 +129,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _collate(processor: OlaVlmProcessor, codecs: dict[str, Any], records: list[Record]) -> MicroBatch:
     """A batch as the loader of ours makes it; litdata gives bytes as memory views."""
     texts = [processor.encode_conversation(conversation("json", bytes(record["json"])), LENGTH) for record in records]
-    ids, labels = ([pair[i] for pair in texts] for i in (0, 1))
+    ids, labels = [text.input_ids for text in texts], [text.labels for text in texts]
     stack = lambda name: torch.from_numpy(np.stack([record[name] for record in records]))  # noqa: E731
     valid = torch.ones(len(records), dtype=torch.bool)
     return MicroBatch(
@@ -142,6 +142,7 @@ def _collate(processor: OlaVlmProcessor, codecs: dict[str, Any], records: list[R
             for task, of in codecs.items()
         },
         [""] * len(records),
+        [text.answers_cut for text in texts],
     )
 
 
