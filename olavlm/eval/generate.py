@@ -136,7 +136,7 @@ def generate_texts(
         processor: the model's own.
         prompts: as `processor.prompt` renders them.
         images: all of them, in the order of their ``<image>`` in the prompts; mode RGB.
-        settings: of `model.generate`, ``max_new_tokens`` at least, and further inputs. Greedy unless they say otherwise.
+        settings: of `model.generate`, ``max_new_tokens`` at least, and inputs. Greedy unless they say otherwise.
     """
     inputs = processor(images=list(images), text=prompts).to(model.device)
     if images:
