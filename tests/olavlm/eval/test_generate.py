@@ -96,9 +96,9 @@ def test_ranks_share_the_batches_and_give_the_replies_of_one(
     asked: list[str] = []
     reply = generate._reply
 
-    def counted(model: Any, processor: Any, batch: list[Request], max_new_tokens: int) -> list[str]:
+    def counted(model: Any, processor: Any, batch: list[Request], *settings: Any) -> list[str]:
         asked.extend(request.id for request in batch)
-        return reply(model, processor, batch, max_new_tokens)
+        return reply(model, processor, batch, *settings)
 
     monkeypatch.setattr(generate, "_reply", counted)
     barrier = threading.Barrier(size)

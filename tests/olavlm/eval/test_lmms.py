@@ -20,7 +20,10 @@ from PIL import Image
 
 from olavlm.eval.generate import Request, generate_replies
 
-pytestmark = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval has an environment of its own")
+pytestmark = [
+    pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval has an environment of its own"),
+    pytest.mark.timeout(900),  # lmms-eval imports for a minute
+]
 
 TASK = """
 task: tiny
