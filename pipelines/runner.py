@@ -69,17 +69,22 @@ def start(stage: str, pipeline: str, overrides: list[str]) -> int:
     """Run one stage to its end in a process of its own; Ctrl-C reaches it by the terminal, SIGTERM is passed on.
 
     Returns:
-        Its exit code, 130 after Ctrl-C.
+        Its exit code; 130 after Ctrl-C or SIGTERM, whatever the stage made of it.
 
     Raises:
         OlaError: a signal ended it.
     """
     process = subprocess.Popen([sys.executable, "-m", *COMMANDS[stage], pipeline, *overrides], env=os.environ)
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+
+    def stop(*_: object) -> None:
+        process.terminate()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it has had the same Ctrl-C and says how to resume
+        process.wait()  # it has had the same signal and says how to resume
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

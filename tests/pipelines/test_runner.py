@@ -78,6 +78,14 @@ def test_a_killed_stage_is_named(config, monkeypatch, tmp_path):
         runner.run(config, "demo", [])
 
 
+def test_sigterm_reaches_the_stage_and_ends_the_run_whatever_the_stage_says(config, monkeypatch, tmp_path):
+    said = tmp_path / "said"
+    waits = f"trap 'kill $!; echo stopped > {said}; exit 1' TERM; tail -f /dev/null & kill -TERM $PPID; wait"
+    monkeypatch.setattr(runner.sys, "executable", str(_script(tmp_path, waits)))
+    assert runner.run(config, "demo", []) == 130
+    assert said.read_text() == "stopped\n"
+
+
 def test_every_stage_of_every_pipeline_has_a_command():
     for name in ("demo", "photos", "llava558k-llama3-8b"):
         assert set(runs.stages_of(load_pipeline(name))) <= runner.COMMANDS.keys()
