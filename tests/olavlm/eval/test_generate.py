@@ -101,7 +101,7 @@ def test_ranks_share_the_batches_and_give_the_replies_of_one(
         return reply(model, processor, batch, *settings)
 
     monkeypatch.setattr(generate, "_reply", counted)
-    barrier = threading.Barrier(size)
+    barrier = threading.Barrier(size, timeout=60)
     with ThreadPoolExecutor(size) as pool:
         found = list(
             pool.map(
