@@ -123,7 +123,9 @@ def _newest_sound(folder: Path) -> int:
         if not damaged:
             return step
         _remove(folder, step)
-        Console().print(f"{source}: {', '.join(damaged)} damaged (another checksum than when written); removed")
+        Console().print(
+            f"{source}: {', '.join(damaged)} damaged (another checksum than when written); removed", soft_wrap=True
+        )
     return 0
 
 
