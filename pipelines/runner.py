@@ -74,20 +74,29 @@ def start(stage: str, pipeline: str, overrides: list[str]) -> int:
     Raises:
         OlaError: a signal ended it.
     """
-    process = subprocess.Popen([sys.executable, "-m", *COMMANDS[stage], pipeline, *overrides], env=os.environ)
+    process: subprocess.Popen[bytes] | None = None
+    asked = False
 
     def stop(*_: object) -> None:
-        process.terminate()
-        raise KeyboardInterrupt
+        nonlocal asked
+        asked = True
+        if process:
+            process.terminate()
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
+        process = subprocess.Popen([sys.executable, "-m", *COMMANDS[stage], pipeline, *overrides], env=os.environ)
+        if asked:  # before there was a process to tell
+            process.terminate()
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it has had the same signal and says how to resume
+        if process:
+            process.wait()  # it has had the same Ctrl-C and says how to resume
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+    if asked:
+        return 130
     if code < 0:
         raise OlaError(f"stage {stage} was ended by {signal.Signals(-code).name}; run the same command again to resume")
     return code
