@@ -71,7 +71,7 @@ codecs: setup  ## what storing targets in fewer bits costs, and what it does to 
 	$(RUN) -m pipelines codecs $(ARGS)
 
 test: setup  ## the tests, two files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff, mypy, import-linter
 	$(RUN) -m ruff check .

@@ -33,6 +33,11 @@ WORDS = [
 TASKS = [{"name": "gen", "kind": "pooled", "queries": 1, "width": 8, "layers": [1], "task_tokens": 2}]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that of two workers neither waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name != "test_kill.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Model and processor: 16 image tokens, 2 layers, word-level vocabulary."""
