@@ -220,12 +220,14 @@ def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garb
     loose, of_tar = _candidates(target, corpus)
     for path, why in loose:
         yield from _collected(path, why, dry_run)
+    of_lease: dict[str, list[AnyPath]] = {}
+    for path in _entries(leases):
+        of_lease.setdefault(path.name.rpartition(".")[0], []).append(path)
     for name in track(sorted({*of_tar, *leased(leases)}), f"{target.path.name}: gc"):
         if Lease.held(leases, name):
             continue
-        for path in _entries(leases):
-            if path.name.rpartition(".")[0] == name:
-                yield from _collected(path, "lease of a dead writer", dry_run=True)  # taking it over removes it
+        for path in of_lease.get(name, []):
+            yield from _collected(path, "lease of a dead writer", dry_run=True)  # taking it over removes it
         lease = None if dry_run else take(target, name)
         if lease is None and not dry_run:
             continue  # somebody has just come

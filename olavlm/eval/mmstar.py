@@ -162,7 +162,6 @@ def expected(questions: Sequence[Question], right: Mapping[str, float]) -> dict[
         questions: what is asked.
         right: the probability that the guesser gets a question right, by question id; ``1 / len(choices)`` for chance.
     """
-
     tasks = {task: cv_bench.expected([q for q in questions if q.task == task], right).get("micro") for task in TASKS}
     known = [value for value in tasks.values() if value is not None]
     macro = fmean(known) if len(known) == len(TASKS) else None
