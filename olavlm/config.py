@@ -103,7 +103,7 @@ class DataConfig(Section):
 class TeacherConfig(Section):
     """A teacher by registered name and weights; with the weights' hash these fields are the target's identity."""
 
-    teacher: str  # a name in featurize.teachers, e.g. depth_anything, oneformer, unclip
+    teacher: str  # depth_anything, oneformer, unclip, vision_model; or package.module:Class, see featurize.teachers
     weights: str  # hub id or folder
     revision: str | None = None
     view: View = "squash"

@@ -46,6 +46,7 @@ def main() -> int:
         metavar=("KEY", "VALUE"),
         help="a key and the values it takes; several of them make every combination",
     )
+    sweep.add_argument("--jobs", type=int, default=1, help="settings at the same time (%(default)s)")
     teachers = commands.add_parser(
         "teachers", help="train the demo world's teachers and student base from nothing; measure them"
     )
@@ -117,7 +118,7 @@ def main() -> int:
     if args.command == "sweep":
         from pipelines.sweep import sweep as run_sweep
 
-        return run_sweep(args.pipeline, args.overrides, [(key, values) for key, *values in args.over])
+        return run_sweep(args.pipeline, args.overrides, [(key, values) for key, *values in args.over], args.jobs)
 
     config = load_pipeline(args.pipeline, args.overrides)
     if args.command == "run":

@@ -1,7 +1,7 @@
 """The teachers: one short file each, encode and decode side by side, and a registry.
 
-A teacher of your own: a file in this folder with a subclass of `featurize.teachers.base.Teacher` under
-``@register("name")``, the file named in `_MODULES`, and ``teacher: name`` in the pipeline.
+A teacher of your own is a subclass of `featurize.teachers.base.Teacher` in any package, in the pipeline ``teacher:
+package.module:Class``. Ours have short names: a file in this folder, in `_MODULES`, with the class under ``@register``.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,23 @@ def load(config: TeacherConfig, device: str = "cpu") -> Teacher:
     Raises:
         OlaError: unknown teacher, missing weights, or a grid, width, layer or input size the network does not give.
     """
-    if config.teacher in _MODULES:
-        import_module(f"featurize.teachers.{config.teacher}")
-    if config.teacher not in _registry:
+    return _find(config.teacher)(config, device)
+
+
+def _find(name: str) -> type[Teacher]:
+    """The class called `name`, or that is at ``package.module:Class``."""
+    if name in _MODULES:
+        import_module(f"featurize.teachers.{name}")
+    if name in _registry:
+        return _registry[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
         known = ", ".join(sorted({*_MODULES, *_registry}))
-        raise OlaError(f"teacher {config.teacher!r} is not registered; known teachers: {known}")
-    return _registry[config.teacher](config, device)
+        raise OlaError(f"teacher {name!r} is not known; expected {known} or package.module:Class")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OlaError(f"teacher {name!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Teacher)):
+        raise OlaError(f"teacher {name!r}: expected a subclass of featurize.teachers.base.Teacher")
+    return found

@@ -1,6 +1,8 @@
 """The stage runner: order, skipping, failures; stages themselves are tested where they live."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,7 +22,7 @@ def started(config, monkeypatch, tmp_path):
     """Replaces the stages' processes: each finishes at once, or with the exit code asked for."""
     calls, codes = [], {}
 
-    def start(stage, pipeline, overrides):
+    def run(self, stage, pipeline, overrides):
         calls.append((stage, pipeline, tuple(overrides)))
         if stage == "report":
             (tmp_path / "report.html").touch()
@@ -29,7 +31,7 @@ def started(config, monkeypatch, tmp_path):
             runs.finish(runs.stage_dir(config, stage), {})
         return codes.get(stage, 0)
 
-    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner.Processes, "run", run)
     return calls, codes
 
 
@@ -84,6 +86,22 @@ def test_sigterm_reaches_the_stage_and_ends_the_run_whatever_the_stage_says(conf
     monkeypatch.setattr(runner.sys, "executable", str(_script(tmp_path, waits)))
     assert runner.run(config, "demo", []) == 130
     assert said.read_text() == "stopped\n"
+
+
+def test_all_stages_under_way_are_stopped_and_no_more_are_started(monkeypatch, tmp_path):
+    waits = "trap 'kill $!; echo stopped; exit 1' TERM; tail -f /dev/null & echo ready > $READY; wait"
+    monkeypatch.setattr(runner.sys, "executable", str(_script(tmp_path, waits)))
+    logs, ready = ([tmp_path / f"{name}.{kind}" for name in ("one", "two")] for kind in ("log", "ready"))
+    with runner.Processes() as processes, ThreadPoolExecutor(2) as pool:
+        both = []
+        for log, pipe in zip(logs, ready, strict=True):
+            os.mkfifo(pipe)
+            both.append(pool.submit(processes.run, "corpus", "demo", [], log, READY=str(pipe)))
+        assert [pipe.read_text() for pipe in ready] == ["ready\n"] * 2
+        processes.stop()
+        assert [one.result() for one in both] == [130, 130]
+        assert processes.run("corpus", "demo", []) == 130
+    assert [log.read_text() for log in logs] == ["stopped\n"] * 2
 
 
 def test_every_stage_of_every_pipeline_has_a_command():

@@ -10,7 +10,7 @@ from rich.console import Console
 from olavlm import runs
 from olavlm.config import load_pipeline
 from olavlm.errors import OlaError
-from pipelines import runner
+from pipelines.runner import Processes
 from pipelines.sweep import show, sweep
 
 
@@ -19,7 +19,7 @@ def started(monkeypatch):
     """Replaces the stages' processes: each finishes at once with a loss made of its settings, unless it is to fail."""
     calls, codes = [], {}
 
-    def start(stage, pipeline, overrides):
+    def run(self, stage, pipeline, overrides, log=None, **env):
         config = load_pipeline(pipeline, list(overrides))
         folder = runs.stage_dir(config, stage)
         calls.append((stage, folder.parent.name))
@@ -30,7 +30,7 @@ def started(monkeypatch):
         runs.finish(folder, {"final": {"loss": loss}} if stage in config.stages else {})
         return 0
 
-    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(Processes, "run", run)
     return calls, codes
 
 
@@ -71,6 +71,14 @@ def test_a_stage_in_common_is_trained_once_and_a_second_sweep_does_nothing(start
     assert calls == before
     sweep("demo", [f"run_dir={tmp_path}"], [("stages.finetune.lr", ["0.1", "0.2", "0.3"])])
     assert {name for _, name in calls[len(before) :]} == {"lr=0.3"}
+
+
+def test_several_at_a_time_train_what_they_have_in_common_once(started, tmp_path):
+    calls, _ = started
+    assert sweep("demo", [f"run_dir={tmp_path}"], [OVER_LR, OVER_SEED], jobs=4) == 0
+    assert sorted(name.partition(",")[2] for stage, name in calls if stage == "pretrain") == ["seed=1", "seed=3"]
+    assert sum(stage == "finetune" for stage, _ in calls) == 4
+    assert [row["seeds"] for row in rows(tmp_path)] == [2, 2]
 
 
 def test_a_failing_setting_is_named_and_the_others_go_on(started, tmp_path, capsys):

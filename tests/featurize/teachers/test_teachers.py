@@ -18,7 +18,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 from featurize import teachers
 from featurize.__main__ import main
 from featurize.teachers.base import Teacher, weights_hash
-from featurize.teachers.depth_anything import resize_positions
+from featurize.teachers.depth_anything import DepthAnything, resize_positions
 from featurize.teachers.published import PUBLISHED
 from olavlm import cli as command_line
 from olavlm.config import TeacherConfig
@@ -393,9 +393,32 @@ def test_broken_folders_are_refused_by_name(
         make("depth", weights=str(copied))
 
 
-def test_unknown_teachers_are_refused_by_name(make: Make) -> None:
-    with pytest.raises(OlaError, match=r"'midas' is not registered; known teachers: depth_anything, .*, vision_model"):
-        make("depth", teacher="midas")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("midas", r"'midas' is not known; expected depth_anything, .*, vision_model or package.module:Class"),
+        ("no.such.module:Teacher", r"'no.such.module:Teacher': No module named 'no'"),
+        ("featurize.teachers.base:Pupil", r"'featurize.teachers.base:Pupil': .* has no attribute 'Pupil'"),
+        (":Teacher", r"':Teacher': Empty module name"),
+        ("pathlib:Path", r"'pathlib:Path': expected a subclass of featurize.teachers.base.Teacher"),
+    ],
+)
+def test_unknown_teachers_are_refused_by_name(make: Make, name: str, message: str) -> None:
+    with pytest.raises(OlaError, match=message):
+        make("depth", teacher=name)
+
+
+class Upside(DepthAnything):
+    """A teacher of somebody's own."""
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        return super().preprocess(image.rotate(180))
+
+
+def test_a_teacher_of_ones_own_is_named_by_its_class(make: Make, image: Image.Image) -> None:
+    own, ours = make("depth", teacher=f"{__name__}:Upside"), make("depth")
+    assert torch.equal(own.encode(_batch(own, image)), ours.encode(_batch(ours, image.rotate(180))))
+    assert own.identity("depth") != ours.identity("depth")
 
 
 # ---- the published backbone, as a hub repository
