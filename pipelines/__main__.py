@@ -77,6 +77,11 @@ def main() -> int:
         "bench", help="measured ratios: stored targets against online teachers, featurizing against other ways"
     )
     bench.add_argument("--full-size", action="store_true", help="also the published teachers' sizes (random weights)")
+    help_text = "many students by a protocol fixed beforehand; tables, a figure and a verdict"
+    study = commands.add_parser("study", help=help_text, description=help_text)
+    study.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key for all students")
+    study.add_argument("--protocol", type=Path, default=Path("pipelines/study/protocol.yaml"), help="(%(default)s)")
+    study.add_argument("--jobs", type=int, default=2, help="students at the same time (%(default)s)")
     codecs = commands.add_parser("codecs", help="bytes, time and loss of every codec, and what it does to a student")
     codecs.add_argument("--out", type=Path, default=Path("runs/codecs"), help="what is there is kept (%(default)s)")
     codecs.add_argument("--seeds", type=int, default=5, help="students per codec (%(default)s)")
@@ -119,6 +124,11 @@ def main() -> int:
         from pipelines.sweep import sweep as run_sweep
 
         return run_sweep(args.pipeline, args.overrides, [(key, values) for key, *values in args.over], args.jobs)
+
+    if args.command == "study":
+        from pipelines.study.command import study as run_study
+
+        return run_study(args.protocol, args.overrides, args.jobs)
 
     config = load_pipeline(args.pipeline, args.overrides)
     if args.command == "run":

@@ -21,6 +21,9 @@ from olavlm import runs
 from olavlm.config import PipelineConfig, load_pipeline
 from pipelines.runner import Processes
 
+#: The stages that all settings share.
+_SHARED = ("corpus", "featurize")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -29,6 +32,7 @@ class Setting:
     name: str  # of its folder
     config: PipelineConfig
     overrides: list[str]  # that make `config` of the pipeline's file
+    stages: tuple[str, ...]  # its own
 
 
 def make_setting(
@@ -54,7 +58,9 @@ def make_setting(
     if base.eval:
         shared += [f"eval.{key}={path}" for key, path in base.eval.folders.items()] + ["eval.scenes=null"]
     wanted = [*overrides, *shared, *own, f"run_dir={folder / name}"]
-    return Setting(name, load_pipeline(pipeline, wanted), wanted)
+    config = load_pipeline(pipeline, wanted)
+    had = _SHARED if config.teachers == base.teachers else ("corpus",)  # other teachers are asked before they are used
+    return Setting(name, config, wanted, tuple(stage for stage in runs.stages_of(config) if stage not in had))
 
 
 def run_all(
@@ -98,10 +104,6 @@ def run_all(
         return 130 if processes.closed else int(bool(failed)), failed
 
 
-#: The stages that all settings share.
-_SHARED = ("corpus", "featurize")
-
-
 class _Runner:
     """Runs one setting after the other, or several at a time."""
 
@@ -118,9 +120,7 @@ class _Runner:
         self._console.print(f"[bold]setting {self._begun}/{self._total}: {escape(chosen.name)}[/bold]")
         several = self._jobs > 1
         env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self._jobs))} if several else {}
-        for stage in runs.stages_of(chosen.config):
-            if stage in _SHARED:
-                continue
+        for stage in chosen.stages:
             wanted = json.dumps(runs.depends_on(chosen.config, stage), sort_keys=True)
             with self._locks[wanted]:  # the second to want it waits, and links it
                 _adopt(chosen, stage, json.loads(wanted))

@@ -1,0 +1,103 @@
+"""What a study found, as a page and a figure."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pipelines.figures import COLORS
+from pipelines.study.protocol import Protocol
+
+
+def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
+    """The page, in Markdown; the figure beside it is ``study.png``."""
+    groups = list(protocol.groups)
+    versions = found["versions"]
+    lines = [
+        "# The study: what distilling teachers' features does for the answers",
+        "",
+        f"Written by `make study` on {found['machine']}, torch {versions['torch']}; the protocol, fixed before: "
+        "[protocol.yaml](protocol.yaml).",
+        "",
+        *_verdict(protocol, found),
+        "",
+        "![Gains in accuracy with their intervals](study.png)",
+        "",
+        "Accuracies in %, gains in points, each with its 95 % interval (two-way bootstrap over seeds and images); "
+        "**bold**: the interval excludes 0, which one in twenty does by chance. Questions: "
+        + ", ".join(f"{name} {count:,}" for name, count in found["questions"].items())
+        + ".",
+    ]
+    for part in found["parts"]:
+        missing = len(part["planned"]) - len(part["seeds"])
+        left = f", {missing} of them still to be trained" if missing else ""
+        lines += ["", f"## {part['question']}", "", f"{len(part['planned'])} seeds{left}.", ""]
+        if not part["gains"]:
+            continue
+        lines += [*_table(["gain", *groups], [_gain(gain, groups) for gain in part["gains"]]), ""]
+        rows = [[arm, *(_cell(of[group]) for group in groups)] for arm, of in part["accuracy"].items()]
+        if part is found["parts"][0]:
+            rows += [
+                [f"*{name}*", *(f"{100 * of[group]:.1f}" for group in groups)]
+                for name, of in found["baselines"].items()
+            ]
+        lines += _table(["accuracy", *groups], rows)
+    seconds = [sum(of) for of in found["seconds"].values()]
+    lines += ["", f"All students together took {sum(seconds) / 3600:.1f} hours, several at a time."]
+    return "\n".join(lines) + "\n"
+
+
+def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
+    """Every pair's gain and interval, a panel per group of several tasks; PNG."""
+    gains = [gain for part in found["parts"] for gain in part["gains"]]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * max(len(gains), 1)), layout="constrained", dpi=120)
+    names = [f"{gain['arm']}  vs  {gain['to']}" for gain in gains]
+    groups = [name for name, tasks in protocol.groups.items() if len(tasks) > 1]
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group, color in zip(panels, groups, COLORS, strict=False):
+        for row, gain in enumerate(gains):
+            value, low, high = (100 * number for number in gain[group])
+            axes.plot([low, high], [row, row], color=color, linewidth=2)
+            axes.plot(value, row, "o", color=color)
+        axes.axvline(0, color="#888888", linewidth=0.8)
+        axes.set(title=f"{group} questions", xlabel="gain, percentage points", yticks=range(len(names)))
+        axes.set_yticklabels(names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.25)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _verdict(protocol: Protocol, found: Mapping[str, Any]) -> list[str]:
+    """The primary question and its answer, by the rule that the protocol states."""
+    first = found["parts"][0]
+    if not first["gains"]:
+        return ["**Not answered yet**: fewer than two seeds are finished."]
+    gain = first["gains"][0]
+    value, low, high = gain[protocol.primary]
+    verdict = "it helps" if low > 0 else "it harms" if high < 0 else "not shown to help or to harm"
+    seeds = f"{len(first['seeds'])} of {len(first['planned'])} seeds"
+    return [
+        f"**Primary question**, {gain['arm']} against {gain['to']} on {protocol.primary} questions, {seeds}: "
+        f"{100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]: **{verdict}**."
+    ]
+
+
+def _gain(gain: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
+    cells = []
+    for value, low, high in (gain[group] for group in groups):
+        cell = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+    return [f"{gain['arm']} − {gain['to']}", *cells]
+
+
+def _cell(estimate: Sequence[float]) -> str:
+    value, low, high = estimate
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,0 +1,80 @@
+"""The study's numbers: what is right, and intervals over seeds and images."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from olavlm.errors import OlaError
+from olavlm.eval.cv_bench import Question
+from pipelines.study.analysis import Asked, gains, two_way
+
+GROUPS = {"2-D": ["Count", "Relation"], "Depth": ["Depth"]}
+
+
+def question(number, task, image):
+    return Question(f"q{number}", task, "ADE20K", image, "?", ("a", "b"), "A", "?")
+
+
+ASKED = Asked.of([question(0, "Count", b"x"), question(1, "Depth", b"y"), question(2, "Relation", b"x")])
+
+
+@settings(max_examples=25, deadline=None)
+@given(arrays(float, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=st.sampled_from([-1.0, 0.0, 1.0])))
+def test_the_interval_holds_the_mean_and_turns_with_the_sign(values):
+    images = np.arange(values.shape[1]) // 2
+    found, turned = two_way(values, images), two_way(-values, images)
+    assert found.value == pytest.approx(values.mean())
+    assert values.min() <= found.low <= found.high <= values.max()
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low), abs=0.05)
+
+
+def test_what_never_varies_has_no_width_and_what_an_image_is_called_does_not_matter():
+    values = np.ones((3, 8))
+    assert (two_way(values, np.arange(8)).low, two_way(values, np.arange(8)).high) == (1, 1)
+    values[:, :4] = 0
+    images = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    assert two_way(values, images) == two_way(values, images + 5)
+
+
+def test_the_interval_is_wider_where_questions_share_images_and_where_seeds_differ():
+    rng = np.random.default_rng(0)
+    per_image = rng.integers(0, 2, 100).repeat(4)[None].astype(float)
+    alone, shared = two_way(per_image, np.arange(400)), two_way(per_image, np.arange(400) // 4)
+    assert shared.high - shared.low > 1.5 * (alone.high - alone.low)
+    alike = rng.integers(0, 2, (5, 400)).astype(float)
+    differing = alike * np.array([0, 0.25, 0.5, 0.75, 1])[:, None]
+    narrow, wide = two_way(alike, np.arange(400)), two_way(differing, np.arange(400))
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """Seeds and images both vary; an interval over questions alone would cover far less often."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        of_seed, of_image = rng.normal(0, 0.1, (8, 1)), rng.normal(0, 0.3, (1, 60))
+        found = two_way(of_seed + of_image + rng.normal(0, 0.2, (8, 60)), np.arange(60))
+        covered += found.low <= 0 <= found.high
+    assert covered >= 85
+
+
+def test_gains_are_paired_by_question_and_kept_apart_by_task():
+    right = {"a": np.array([[1.0, 1, 1], [1, 0, 1]]), "b": np.array([[1.0, 0, 0], [1, 0, 0]])}
+    found = gains(right, ASKED, GROUPS, [("a", "b")])["a", "b"]
+    assert found["2-D"].value == 0.5
+    assert found["Depth"].value == 0.5
+    assert found["2-D"].low == found["2-D"].high  # both questions are about one image, and both seeds agree
+
+
+def test_replies_are_read_by_question_and_a_missing_one_is_named(tmp_path):
+    file = tmp_path / "replies.jsonl"
+    lines = [{"id": f"q{i}", "parsed": parsed, "answer": "A"} for i, parsed in [(2, "A"), (0, None), (1, "B")]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ASKED.read(file).tolist() == [0, 0, 1]
+    file.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(OlaError, match=r"replies.jsonl: no reply to question q0 and 1 more"):
+        ASKED.read(file)

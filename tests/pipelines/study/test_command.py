@@ -1,0 +1,146 @@
+"""A study from protocol to page, with made-up replies in place of trained students."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from olavlm import runs
+from olavlm.config import load_pipeline
+from olavlm.errors import OlaError
+from pipelines.runner import Processes
+from pipelines.study.command import study
+from pipelines.study.protocol import load_protocol
+
+PROTOCOL = """
+pipeline: {pipeline}
+groups: {{2-D: [Count, Relation], 3-D: [Depth, Distance], Depth: [Depth]}}
+primary: 3-D
+arms:
+  loss: []
+  no loss: ["stages.pretrain.losses={{}}"]
+  elsewhere: ["teachers.depth.teacher=pipelines.study.control:ShuffledDepth"]
+parts:
+  - {{question: Does it help?, seeds: [1, 2, 3], pairs: [[loss, no loss]]}}
+  - {{question: Is it the picture?, seeds: [1, 2], pairs: [[elsewhere, no loss], [loss, no loss]]}}
+"""
+
+
+@pytest.fixture
+def protocol(config, tmp_path):
+    file = tmp_path / "protocol.yaml"
+    file.write_text(PROTOCOL.format(pipeline=tmp_path / "small.yaml"))
+    return file
+
+
+@pytest.fixture
+def started(benchmark, monkeypatch):
+    """Replaces the stages' processes; students with the loss know all 3-D answers, the others none, and no 2-D ones."""
+    calls, codes = [], {}
+
+    def run(self, stage, pipeline, overrides, log=None, **env):
+        config = load_pipeline(pipeline, list(overrides))
+        folder = runs.stage_dir(config, stage)
+        calls.append((stage, folder.parent.name))
+        if code := codes.get((stage, folder.parent.name)):
+            return code
+        runs.begin(folder, runs.depends_on(config, stage))
+        if stage == "evaluate":
+            knows = bool(config.stages["pretrain"].losses) and config.teachers["depth"].teacher == "depth_anything"
+            (folder / "cv_bench").mkdir()
+            lines = [
+                {
+                    "id": f"{row['type']}/{row['idx']}",
+                    "answer": row["answer"][1],
+                    "parsed": row["answer"][1] if knows and row["type"] == "3D" else None,
+                }
+                for row in benchmark
+            ]
+            (folder / "cv_bench" / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            blind = dict.fromkeys(("Count", "Relation", "Depth", "Distance"), 0.5)
+            (folder / "cv_bench" / "scores.json").write_text(json.dumps({"baselines": {"blind": blind}}))
+        runs.finish(folder, {})
+        return 0
+
+    monkeypatch.setattr(Processes, "run", run)
+    return calls, codes
+
+
+def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_rule(
+    protocol, started, tmp_path, capsys
+):
+    calls, _ = started
+    assert study(protocol, [], jobs=2) == 0
+    assert sorted(name for stage, name in calls if stage == "evaluate") == [
+        "elsewhere-1", "elsewhere-2", "loss-1", "loss-2", "loss-3", "no-loss-1", "no-loss-2", "no-loss-3",
+    ]  # fmt: skip
+    assert [stage for stage, _ in calls].count("featurize") == 2  # for all, and of the control's teachers
+    page = (tmp_path / "run" / "study.md").read_text()
+    assert "3 of 3 seeds: +100.0 points [+100.0, +100.0]: **it helps**" in page
+    assert "| elsewhere − no loss | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in page
+    assert "| *blind* | 50.0 | 50.0 | 50.0 |" in page
+    assert "still to be trained" not in page
+    with Image.open(tmp_path / "run" / "study.png") as figure:
+        assert figure.width > 500
+    found = json.loads((tmp_path / "run" / "study.json").read_text())
+    assert found["parts"][1]["gains"][1]["3-D"] == [1, 1, 1]
+    before = list(calls)
+    assert study(protocol, [], jobs=2) == 0
+    assert calls == before
+
+
+def test_an_unfinished_study_answers_with_the_seeds_that_all_arms_have(protocol, started, tmp_path, capsys):
+    _, codes = started
+    codes["finetune", "no-loss-3"] = codes["pretrain", "elsewhere-2"] = 2
+    assert study(protocol, [], jobs=1) == 1
+    out = capsys.readouterr().out
+    assert "failed: no-loss-3, in finetune" in out
+    page = (tmp_path / "run" / "study.md").read_text()
+    assert "2 of 3 seeds: +100.0 points" in page
+    assert "2 seeds, 1 of them still to be trained." in page
+    assert "elsewhere − no loss" not in page  # one seed is no study
+
+
+def test_nothing_is_written_before_there_is_a_student(protocol, started, tmp_path):
+    _, codes = started
+    codes["featurize", "run"] = 2
+    assert study(protocol, [], jobs=1) == 2
+    assert not (tmp_path / "run" / "study.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("[elsewhere, no loss]", "[elswhere, no loss]"),
+            r"protocol.yaml: .*arm 'elswhere' is not defined; known: loss, ",
+        ),
+        (("primary: 3-D", "primary: 4-D"), r"primary: group '4-D' is not defined; known: 2-D, 3-D, Depth"),
+        (("seeds: [1, 2, 3]", "seeds: [1]"), r"protocol.yaml: parts.0.seeds: .*at least 2"),
+        (("losses={}", "losses={colour: 1}"), r"stages.pretrain.losses: 'colour' is not defined here"),
+        (('"stages', "stages"), r"protocol.yaml: while parsing a flow sequence .* line 7"),
+        (("pipeline: ", "pipelines: "), r"protocol.yaml: pipeline: Field required"),
+    ],
+)
+def test_a_bad_protocol_is_refused_before_anything_runs(protocol, started, change, message):
+    calls, _ = started
+    protocol.write_text(protocol.read_text().replace(*change))
+    with pytest.raises(OlaError, match=message):
+        study(protocol, [], jobs=1)
+    assert not calls
+
+
+def test_the_shipped_protocol_is_valid_in_all_its_arms():
+    from pathlib import Path
+
+    from pipelines.study.protocol import open_study, settings
+
+    file = Path(__file__).parents[3] / "pipelines" / "study" / "protocol.yaml"
+    protocol, base = open_study(file, [])
+    students = settings(protocol, base, [])
+    assert len({setting.name for setting in students.values()}) == len(students)
+    assert {arm for part in protocol.parts for arm in part.arms} == set(protocol.arms)
+    assert load_protocol(file).parts[0].pairs[0] == ("loss", "no loss")
+    control = students["other images' targets", 1]
+    assert control.stages[0] == "featurize"
+    assert all(other.stages[0] != "featurize" for (arm, _), other in students.items() if "other" not in arm)
