@@ -25,12 +25,13 @@ class Chat:
         self.model, self.processor, self.image = model, processor, image
         self.turns: list[dict[str, str]] = []
 
-    def ask(self, question: str, max_new_tokens: int) -> str:
+    def ask(self, question: str, max_new_tokens: int, echo: bool = True) -> str:
         """The answer, greedy: written to stdout as it comes, returned without outer white space, kept as history.
 
         Args:
             question: what the human says next; the image stands before the first.
             max_new_tokens: most tokens of the answer.
+            echo: write to stdout.
 
         Raises:
             OlaError: image or task tokens in the question, or no room left in the model's context.
@@ -41,7 +42,7 @@ class Chat:
         length, context = inputs["input_ids"].shape[1], self.model.config.llm.max_position_embeddings
         if length >= context:
             raise OlaError(f"question: the conversation takes {length} tokens; the model reads at most {context}")
-        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if echo else None
         with torch.inference_mode():
             output = self.model.generate(  # type: ignore[misc]
                 **inputs, max_new_tokens=min(max_new_tokens, context - length), do_sample=False, streamer=streamer
