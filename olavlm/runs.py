@@ -80,10 +80,10 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     plain = json.loads(json.dumps(config))
-    wanted = _flat(plain)
+    wanted = flat(plain)
     # Otherwise the stage was refused, or killed, before it produced anything.
     if any(path.name != file.name and not path.name.startswith(".") for path in folder.iterdir()):
-        found = _flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
+        found = flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
         changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
         if changed:
             what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed[:5])
@@ -112,11 +112,11 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as ``{"a.b": value}``; lists are values."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    branches: dict[str, Any] = {}
     for name, branch in tree.items():
-        flat |= _flat(branch, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+        branches |= flat(branch, f"{prefix}.{name}" if prefix else str(name))
+    return branches
