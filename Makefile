@@ -11,7 +11,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report verify demo sweep teachers bench codecs test lint \
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report compare app verify demo sweep teachers bench codecs test lint \
 	clean
 
 help:  ## this list
@@ -51,6 +51,12 @@ evaluate: setup  ## CV-Bench, MMStar
 
 report: setup  ## one self-contained page: runs/<pipeline>/report.html
 	$(RUN) -m pipelines report $(PIPELINE) $(ARGS)
+
+compare: setup  ## runs side by side, one self-contained page: ARGS="runs/demo runs/other"
+	$(RUN) -m pipelines compare $(ARGS)
+
+app: setup  ## a local page: an image, a question, the answer, what the layers see
+	$(RUN) -m pipelines app runs/$(PIPELINE)/finetune/model --layers-of runs/$(PIPELINE)/pretrain/model $(ARGS)
 
 verify: setup  ## check every stored target against its checksum and the corpus
 	$(RUN) -m featurize verify $(PIPELINE) $(ARGS)

@@ -15,7 +15,10 @@ EXAMPLES = """examples:
   python -m pipelines sweep demo --over stages.pretrain.contrastive 0 0.3 --over seed 0 1 2
   python -m pipelines see runs/demo/pretrain/model scene.png
   python -m pipelines report demo                           runs/demo/report.html from whatever stages are there
+  python -m pipelines compare runs/demo runs/demo-depth3    runs/compare.html: what differs, and whether it matters
+  python -m pipelines app runs/demo/finetune/model --layers-of runs/demo/pretrain/model
 """
+IMAGES = "samples whose images are shown as the layers see them"
 
 
 def main() -> int:
@@ -34,6 +37,13 @@ def main() -> int:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
         command.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key of the pipeline")
+        if name == "report":
+            command.add_argument("--images", nargs="+", default=[], metavar="KEY", help=IMAGES)
+    help_text = "runs side by side in one page: settings, scores with paired differences, probes, layers, losses"
+    compare = commands.add_parser("compare", help=help_text, description=help_text)
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders; compared with the first")
+    compare.add_argument("--out", type=Path, help="the file (default: compare.html in the folder that holds the runs)")
+    compare.add_argument("--images", nargs="+", default=[], metavar="KEY", help=IMAGES)
     help_text = "train, probe and evaluate many settings on one store; one table"
     sweep = commands.add_parser("sweep", help=help_text, description=help_text)
     sweep.add_argument("pipeline", help="a name under pipelines/ or the path of a YAML file")
@@ -73,6 +83,18 @@ def main() -> int:
         help="look for the nearest images here (default: the first data with targets)",
     )
     see.add_argument("--out", type=Path, help="the file (default: see/IMAGE.html beside MODEL)")
+    help_text = "a local page: an image, a question, the answer, and what the layers see"
+    app = commands.add_parser("app", help=help_text, description=help_text)
+    app.add_argument("model", type=Path, metavar="MODEL", help="the folder of the student that answers")
+    app.add_argument(
+        "--layers-of",
+        type=Path,
+        metavar="MODEL",
+        help="the student whose layers are shown, saved with its predictors (default: the one that answers)",
+    )
+    app.add_argument("--pipeline", help="whose teachers and data (default: those of the run that it lies in)")
+    app.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this computer alone)")
+    app.add_argument("--port", type=int, default=8000, help="0: any that is free (%(default)s)")
     bench = commands.add_parser(
         "bench", help="measured ratios: stored targets against online teachers, featurizing against other ways"
     )
@@ -107,6 +129,16 @@ def main() -> int:
         from pipelines.see import see as see_layers
 
         print(see_layers(args.model, args.image, args.pipeline, args.corpus, args.out))
+        return 0
+    if args.command == "compare":
+        from pipelines.compare import compare as compare_runs
+
+        print(compare_runs(args.runs, args.out, args.images))
+        return 0
+    if args.command == "app":
+        from pipelines.app import app as run_app
+
+        run_app(args.model, args.layers_of, args.pipeline, args.host, args.port)
         return 0
     if args.command == "bench":
         from pipelines.bench import bench as run_bench
@@ -146,7 +178,7 @@ def main() -> int:
     elif args.command == "report":
         from pipelines.report import report
 
-        report(config)
+        report(config, args.images)
     else:
         print(json.dumps(config.model_dump(mode="json"), indent=2))
     return 0

@@ -2,8 +2,12 @@
 
 import base64
 import io
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -11,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from pipelines.intervals import Interval
 
 #: Mid-tones that stand out from white and from black, also for colour-blind eyes (after Okabe and Ito).
 COLORS = ("#2b7fc3", "#dd7a1f", "#1f9e78", "#b765ad", "#c9a200", "#d9534f", "#5aaed6", "#8a8a8a")
@@ -36,13 +42,15 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+_BASELINES = ("#8a8a8a", "#c08a3e", "#6f8f5f", "#8f7fb0", "#b0706f", "#5f94a0", "#a08f4a", "#8a8a8a", "#a0708f")
+_COLUMNS = 3  # panels beside each other
 _TINY, _LARGEST = 128, 480  # sides in pixels
 
 
-def picture(image: Image.Image | np.ndarray) -> str:
-    """An RGB image as ``data:`` URI: scaled down if it is large, as PNG if it is tiny or then smaller, else as JPEG."""
+def picture(image: Image.Image | np.ndarray, largest: int = _LARGEST) -> str:
+    """An RGB image as ``data:`` URI: no side above `largest`, as PNG if it is tiny or then smaller, else as JPEG."""
     found = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    found.thumbnail((_LARGEST, _LARGEST))
+    found.thumbnail((largest, largest))
     png, jpeg = io.BytesIO(), io.BytesIO()
     found.save(png, "PNG", optimize=True)
     found.save(jpeg, "JPEG", quality=88)
@@ -64,6 +72,27 @@ def text_losses(lines: Sequence[Mapping[str, float]], title: str) -> str:
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.legend()
         return _svg(figure, f"{title}: {_ends(lines, curves)}")
+
+
+def losses_overlaid(runs: Mapping[str, Sequence[Mapping[str, float]]], title: str) -> str:
+    """A stage's losses of several runs: a panel for the text, one per task and term for the mean over its layers."""
+    joined = {name: [_joined(line) for line in lines] for name, lines in runs.items()}
+    keys = list(dict.fromkeys(key for lines in joined.values() for line in lines for key in line if key != "step"))
+    said = []
+    with _style(f"{title}, overlaid"):
+        rows, columns = -(-len(keys) // _COLUMNS), min(len(keys), _COLUMNS)
+        size = (3.3 * columns, 2.3 * rows + 0.4) if columns > 1 else (7.2, 2.8)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(keys) :]:
+            axes.set_axis_off()
+        for axes, key in zip(grid.flat, keys, strict=False):
+            for color, (name, lines) in zip(itertools.cycle(COLORS), joined.items(), strict=False):
+                _curve(axes, lines, key, name, color)
+                said.append(_ends(lines, {f"{key}, {name}": key}))
+            axes.set(title=key, xlabel="step")
+        _legend(figure, grid.flat[: len(keys)])
+        return _svg(figure, f"{title}: {'; '.join(filter(None, said))}")
 
 
 def embedding_losses(lines: Sequence[Mapping[str, float]], title: str) -> str | None:
@@ -89,65 +118,137 @@ def embedding_losses(lines: Sequence[Mapping[str, float]], title: str) -> str | 
         return _svg(figure, f"{title}: {_ends(lines, {key: key for key in keys})}")
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Values by layer: a curve per student between the ends of its intervals, and levels that no layer changes."""
+
+    title: str
+    curves: dict[str, Mapping[str, Mapping[str, float]]]  # student → layer → mean (or value), and low and high
+    levels: dict[str, float]
+    taught: Sequence[int] = ()  # layers that carried an embedding loss; marked
+
+
 def probe_curves(probe: Mapping[str, Any], taught: Mapping[str, Sequence[int]]) -> str:
-    """A panel per task: cosine to the target on held-out images by layer, a line per student, and the floor.
+    """A panel per task: cosine to the target on held-out images by layer, a curve per student, and the floor.
 
     Args:
-        probe: ``{"students": {name: {task: {layer: cosine}}}, "floor": {task: cosine}}``.
+        probe: as ``probe.json`` has it.
         taught: the layers each task's embedding loss was applied at; they are marked.
     """
-    students, floors = probe["students"], probe["floor"]
+    panels = [
+        Panel(
+            task,
+            {name: tasks[task] for name, tasks in probe["students"].items() if task in tasks},
+            {"mean target": floor["mean"]},
+            taught.get(task, ()),
+        )
+        for task, floor in probe["floor"].items()
+    ]
+    return layer_curves("Probe cosines", panels, "cosine, held-out images")
+
+
+def probe_task_curves(found: Mapping[str, Any]) -> str:
+    """A panel per measure of ``probe_tasks.json``, and what the same decoder makes of the target and of its mean."""
+    levels = {"target": "the target itself", "floor": "mean target"}
+    panels = [
+        Panel(
+            f"{said['title']} ({said['better']} is better)",
+            {name: measures[measure] for name, measures in found["students"].items() if measure in measures},
+            {levels[kind]: cell["value"] for kind, cell in found["reference"].get(measure, {}).items()},
+        )
+        for measure, said in found["measures"].items()
+    ]
+    return layer_curves("Probe tasks", panels, "")
+
+
+def layer_curves(title: str, panels: Sequence[Panel], ylabel: str) -> str:
+    """The panels side by side, every student in one colour; the one called `initial` is grey and dashed."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    colors = dict(zip((name for name in names if name != "initial"), itertools.cycle(COLORS), strict=False))
+    levels = list(dict.fromkeys(label for panel in panels for label in panel.levels))
     said = []
-    with _style("probes"):
-        figure = Figure(figsize=(3.3 * len(floors), 2.9), layout="constrained")
-        panels = figure.subplots(1, len(floors), squeeze=False)[0]
-        for axes, (task, floor) in zip(panels, floors.items(), strict=True):
-            for layer in taught.get(task, ()):
+    with _style(title):
+        rows = -(-len(panels) // _COLUMNS)
+        figure = Figure(figsize=(3.3 * min(len(panels), _COLUMNS), 2.5 * rows + 0.4), layout="constrained")
+        grid = figure.subplots(rows, min(len(panels), _COLUMNS), squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for layer in panel.taught:
                 axes.axvspan(layer - 0.18, layer + 0.18, color="#888888", alpha=0.15, lw=0)
-            colors = iter(COLORS)
-            for name, by_task in students.items():
-                if task not in by_task:
-                    continue
-                points = sorted((int(layer), cosine) for layer, cosine in by_task[task].items())
-                color, style = ("#8a8a8a", "--") if name == "initial" else (next(colors), "-")
-                axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=name)
-                said.append(f"{task}, {name}: {' '.join(f'{cosine:.2f}' for _, cosine in points)}")
-            axes.axhline(floor, color=_INK, lw=1, ls=":", label="mean target")
+            for name, by_layer in panel.curves.items():
+                points = sorted((int(layer), cell) for layer, cell in by_layer.items())
+                layers, values = [layer for layer, _ in points], [middle(cell) for _, cell in points]
+                color, style = (colors[name], "-") if name in colors else ("#8a8a8a", "--")
+                axes.plot(layers, values, style, color=color, marker="o", markersize=4, label=name)
+                ends = [(layer, cell["low"], cell["high"]) for layer, cell in points if "low" in cell]
+                if ends:
+                    axes.fill_between(*zip(*ends, strict=True), color=color, alpha=0.18, lw=0)
+                said.append(f"{panel.title}, {name}: {' '.join(f'{value:.2f}' for value in values)}")
+            for label, level in panel.levels.items():
+                style = (":", "-.", "--")[levels.index(label)]
+                axes.axhline(level, color=_INK, lw=1, ls=style, label=label)
+                said.append(f"{panel.title}, {label}: {level:.2f}")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set(title=task, xlabel="layer")
-        panels[0].set(ylabel="cosine, held-out images")
-        handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-        return _svg(figure, "Probe cosines by layer. " + "; ".join(said))
+            axes.set(title=panel.title, xlabel="layer")
+        grid[0][0].set(ylabel=ylabel)
+        _legend(figure, grid.flat[: len(panels)])
+        return _svg(figure, f"{title} by layer. " + "; ".join(said))
 
 
 def score_dots(
-    title: str, scores: Mapping[str, Any], baselines: Mapping[str, Mapping[str, float]], rows: Sequence[str]
+    title: str,
+    students: Mapping[str, Mapping[str, Interval]],
+    baselines: Mapping[str, Mapping[str, float]],
+    rows: Sequence[str],
 ) -> str:
-    """A benchmark's accuracy by row with two standard errors to each side, beside what needs no picture."""
-    shown = [row for row in rows if scores.get(row)][::-1]
+    """A benchmark's accuracies by row, a dot and its interval for each student; below them what needs no student.
+
+    Args:
+        title: the benchmark's.
+        students: accuracies by student and row, as shares.
+        baselines: the same without intervals.
+        rows: what is shown, in this order, as far as a student has it.
+    """
+    shown = [row for row in rows if any(row in cells for cells in students.values())]
+    lanes = len(students) + 1  # the last for baselines
     with _style(f"scores of {title}"):
-        figure = Figure(figsize=(7.2, 0.36 * len(shown) + 1.2), layout="constrained")
+        figure = Figure(figsize=(7.2, (0.2 + 0.17 * lanes) * len(shown) + 1.3), layout="constrained")
         axes = figure.subplots()
-        for marker, color, (name, values) in zip("|xds^v*", COLORS[1:], baselines.items(), strict=False):
-            points = [(100 * values[row], y) for y, row in enumerate(shown) if row in values]
-            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=8, markeredgewidth=2, label=name)
-        axes.errorbar(
-            [100 * scores[row]["accuracy"] for row in shown],
-            range(len(shown)),
-            xerr=[200 * scores[row]["stderr"] for row in shown],
-            fmt="o",
-            color=COLORS[0],
-            capsize=3,
-            label="student ± 2 s.e.",
-        )
+        for marker, color, (name, values) in zip("|x_ds^v*p", _BASELINES, baselines.items(), strict=False):
+            points = [(100 * values[row], y + 0.5 - 0.5 / lanes) for y, row in enumerate(shown) if row in values]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=color, ms=6, mew=1.6, label=name, clip_on=False)
+        for lane, (color, (name, cells)) in enumerate(zip(itertools.cycle(COLORS), students.items(), strict=False)):
+            found = [(y - 0.5 + (lane + 0.5) / lanes, cells[row]) for y, row in enumerate(shown) if row in cells]
+            means, lows, highs = (np.array([100 * cell[key] for _, cell in found]) for key in ("mean", "low", "high"))
+            ends = [means - lows, highs - means]
+            axes.errorbar(means, [y for y, _ in found], xerr=ends, fmt="o", color=color, capsize=3, ms=5, label=name)
+        for y in range(1, len(shown)):
+            axes.axhline(y - 0.5, color="#888888", alpha=0.25, lw=0.6)
         axes.set_yticks(range(len(shown)), shown)
         left, right = axes.get_xlim()
-        axes.set(xlabel="accuracy in %", xlim=(max(left, 0), min(right, 100)), ylim=(-0.6, len(shown) - 0.4))
+        axes.set(xlabel="accuracy in %", xlim=(max(left, 0), min(right, 100)), ylim=(len(shown) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=4)
-        said = "; ".join(f"{row} {scores[row]['accuracy']:.1%}" for row in shown[::-1])
-        return _svg(figure, f"{title} accuracies: {said}")
+        _legend(figure, [axes])
+        said = [
+            f"{name}: " + ", ".join(f"{row} {cells[row]['mean']:.1%}" for row in shown if row in cells)
+            for name, cells in students.items()
+        ]
+        return _svg(figure, f"{title} accuracies. {'; '.join(said)}")
+
+
+def middle(cell: Mapping[str, float]) -> float:
+    """The estimate of a probe's cell, which calls it mean, or of a probe task's, which calls it value."""
+    return cell["mean"] if "mean" in cell else cell["value"]
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, below them."""
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    widest = max(map(len, handles), default=1)
+    columns = max(1, min(len(handles), int(figure.get_figwidth() * 13 / (widest + 7))))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], key: str, label: str, color: str) -> None:
@@ -164,6 +265,16 @@ def _curve(axes: Axes, lines: Sequence[Mapping[str, float]], key: str, label: st
     mean = np.convolve(values, np.ones(window) / window, "valid")
     start = (window - 1) // 2
     axes.plot(steps[start : start + len(mean)], mean, color=color, label=label, lw=1.8)
+
+
+def _joined(line: Mapping[str, float]) -> dict[str, float]:
+    """A logged step's text loss, and its embedding losses (``task/layer/term``) averaged over the layers."""
+    terms: dict[str, list[float]] = defaultdict(list)
+    for key, value in line.items():
+        if key.count("/") == 2 and value is not None:
+            task, _, term = key.split("/")
+            terms[f"{task}: {term.replace('_', ' ')}"].append(value)
+    return {"step": line["step"], "text": line["text"], **{key: fmean(values) for key, values in terms.items()}}
 
 
 def _ends(lines: Sequence[Mapping[str, float]], curves: Mapping[str, str]) -> str:
@@ -196,4 +307,7 @@ def _svg(figure: Figure, alt: str) -> str:
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", body))
     body = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", body)
     label = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return f'<svg {box[0]} style="max-width:{width:.0f}pt" role="img" aria-label="{label}">{body}'
+    size = (
+        f"max-width:{width:.0f}pt;min-width:{0.75 * width:.0f}pt"  # still legible where there is less room: it scrolls
+    )
+    return f'<svg {box[0]} style="{size}" role="img" aria-label="{label}">{body}'

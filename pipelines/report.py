@@ -1,54 +1,60 @@
 """One self-contained page about a run, from whatever stages are there: ``runs/<pipeline>/report.html``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from rich.console import Console
 
-from featurize.inspect import pictures, read_image, spread, stored_images
+from featurize.inspect import pictures, read_image
 from featurize.stage import open_jobs
 from olavlm import runs
 from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig, dump
 from olavlm.data.atomic import replace
-from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
 from olavlm.eval.benchmarks import BENCHMARKS
 from pipelines import figures
+from pipelines.intervals import wilson
 from pipelines.page import render
+from pipelines.replies import SHOWN, Task, anchor, browse
 from pipelines.results import duration, print_summary, read_json, read_lines, summary
-from pipelines.see import READ, load_student, look, open_sources
+from pipelines.see import READ, choose, load_student, look, open_sources
+from pipelines.verdict import SEE_NOTHING, aggregate, verdict
 
 PICTURES = 6
 SEEN = 2  # images shown as the layers see them
-SEE_NOTHING = ("chance", "blind")  # baselines; all others know something of the picture, but no depth
 TITLES = {"pretrain": "Pretraining", "vpt": "Visual pretraining", "finetune": "Fine-tuning"}
 
 
-def report(config: PipelineConfig) -> Path:
+def report(config: PipelineConfig, images: Sequence[str] = ()) -> Path:
     """Write ``summary.json`` and ``report.html`` into the run's folder, print the summary, and return the page's path.
 
     The page loads nothing: figures are inline SVG, images data URIs. A stage that has not run is said to be missing.
 
+    Args:
+        config: the run's pipeline.
+        images: keys of the samples whose images are shown as the layers see them; default: `SEEN`, evenly spread.
+
     Raises:
-        OlaError: the run's folder is not there.
+        OlaError: the run's folder is not there, or no image of such a key.
     """
     folder = Path(config.run_dir)
     if not folder.is_dir():
         raise OlaError(f"run_dir: no folder {folder}; run a stage of pipeline {config.name} first")
     result = summary(config)
     shown, pictures_missing = _pictures(config)
-    layers, layers_missing = _layers(config)
-    replies = [reply for key in BENCHMARKS for reply in _replies(config, key)]
+    layers, layers_missing = _layers(config, images)
+    tasks = browse(config)
     probe = read_json(runs.stage_dir(config, "probe") / "probe.json")
+    probe_tasks = read_json(runs.stage_dir(config, "probe_tasks") / "probe_tasks.json")
     page = render(
         "report.html.j2",
         name=config.name,
         result=result,
         cards=list(_cards(config, result)),
-        verdicts=[said for key in result["benchmarks"] if (said := _verdict(result, key))],
+        verdicts=[said for key in result["benchmarks"] if (said := verdict(result, key))],
         pictures=shown,
         pictures_missing=pictures_missing,
         layers=layers,
@@ -57,8 +63,11 @@ def report(config: PipelineConfig) -> Path:
         curves=list(_curves(config)),
         probe=Markup(figures.probe_curves(probe, config.student.layers)) if probe.get("floor") else None,
         probe_held_out=probe.get("held_out"),
-        benchmarks=[_benchmark(key, found) for key, found in result["benchmarks"].items()],
-        replies=replies,
+        probe_tasks=Markup(figures.probe_task_curves(probe_tasks)) if probe_tasks.get("measures") else None,
+        benchmarks=[_benchmark(key, found, tasks) for key, found in result["benchmarks"].items()],
+        tasks=tasks,
+        shown=SHOWN,
+        anchor=anchor,
         config=dump(config),
     )
     path = folder / "report.html"
@@ -84,11 +93,12 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
             note = f"held-out cosine over all layers, {first} → {name}; mean target {probe['floor']:.2f}"
             yield {"value": f"{before:.2f} → {after:.2f}", "label": f"{task} probe", "note": note}
     for key, found in result["benchmarks"].items():
-        if row := _aggregate(key, found):
+        if row := aggregate(key, found):
             cell = found["scores"][row]
             blind = {b: rows[row] for b, rows in found["baselines"].items() if b in SEE_NOTHING and row in rows}
             others = ", ".join(f"{b} {accuracy:.1%}" for b, accuracy in blind.items())
-            note = f"± {cell['stderr']:.1%} s.e., n = {cell['n']:,}; {others}"
+            ends = wilson(cell)
+            note = f"95 % interval {100 * ends['low']:.1f} to {ends['high']:.1%}, n = {cell['n']:,}; {others}"
             yield {"value": f"{cell['accuracy']:.1%}", "label": f"{BENCHMARKS[key].title} {row}", "note": note}
     if done := [stage for stage in result["stages"].values() if stage]:
         peak = max(stage["peak_memory_gib"] for stage in done)
@@ -96,54 +106,20 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
         yield {"value": duration(sum(stage["seconds"] for stage in done)), "label": "computing time", "note": note}
 
 
-def _benchmark(key: str, found: dict[str, Any]) -> dict[str, Any]:
+def _benchmark(key: str, found: dict[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
     """A benchmark's figure and table."""
-    benchmark, (scores, baselines) = BENCHMARKS[key], (found["scores"], found["baselines"])
+    benchmark, baselines = BENCHMARKS[key], found["baselines"]
+    scores = {row: found["scores"].get(row) for row in (*benchmark.rows, *benchmark.details)}
+    intervals = {row: wilson(cell) for row, cell in scores.items() if cell}
     return {
         "title": benchmark.title,
-        "figure": Markup(figures.score_dots(benchmark.title, scores, baselines, benchmark.rows)),
-        "scores": {row: scores[row] for row in (*benchmark.rows, *benchmark.details) if scores.get(row)},
+        "figure": Markup(figures.score_dots(benchmark.title, {"student": intervals}, baselines, benchmark.rows)),
+        "scores": {row: cell | intervals[row] for row, cell in scores.items() if cell},
+        "links": {task.name: task.id for task in tasks if task.benchmark == key},
         "gaps": {benchmark.rows[0], "micro", benchmark.tasks[-1]},  # rows with room behind them
         "baselines": baselines,
         "aggregation": benchmark.aggregation,
     }
-
-
-def _aggregate(key: str, found: dict[str, Any]) -> str | None:
-    """The aggregate people quote; a benchmark cut short has micro only, one that asked nothing has none."""
-    return next((row for row in (BENCHMARKS[key].rows[0], "micro") if found["scores"].get(row)), None)
-
-
-def _verdict(result: dict[str, Any], key: str) -> str | None:
-    """What a benchmark's scores prove about looking at the picture: the student against those who do not look.
-
-    And about seeing depth: against those who know the objects' boxes.
-    """
-    found, row = result["benchmarks"][key], _aggregate(key, result["benchmarks"][key])
-    known = {name: found["baselines"].get(name, {}).get(row) for name in SEE_NOTHING}
-    blind = {name: accuracy for name, accuracy in known.items() if accuracy is not None}
-    if not row or not blind:
-        return None
-    cell = found["scores"][row]
-    name, best = max(blind.items(), key=lambda baseline: baseline[1])
-    said = (
-        f"{BENCHMARKS[key].title} {row}: {cell['accuracy']:.1%} ± {cell['stderr']:.1%} (standard error). "
-        f"The best baseline that sees no picture, {name}: {best:.1%}."
-    )
-    if cell["accuracy"] - best < 2 * cell["stderr"] or cell["accuracy"] <= best:
-        return said + " This run does not show that the student looks at the picture."
-    return f"{said}{_sees_depth(found)} One run of one seed: comparing students takes several."
-
-
-def _sees_depth(found: dict[str, Any]) -> str:
-    """A sentence on 3-D questions, if they were asked and cues that are not depth were scored."""
-    cell = found["scores"].get("3D")
-    cues = {name: rows["3D"] for name, rows in found["baselines"].items() if name not in SEE_NOTHING and "3D" in rows}
-    if not cell or not cues:
-        return ""
-    name, best = max(cues.items(), key=lambda baseline: baseline[1])
-    said = f" 3-D questions: {cell['accuracy']:.1%}; the best of the cues that are not depth, {name}: {best:.1%}."
-    return said if cell["accuracy"] - best > 2 * cell["stderr"] else said + " This does not show that it sees depth."
 
 
 def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:
@@ -157,7 +133,7 @@ def _pictures(config: PipelineConfig) -> tuple[list[dict[str, Any]], str]:
         return [], str(error)
 
 
-def _layers(config: PipelineConfig) -> tuple[dict[str, Any], str]:
+def _layers(config: PipelineConfig, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
     """A few images as the layers of the first student with embedding losses see them, or why there are none."""
     stage = next((name for name, settings in config.stages.items() if any(settings.losses.values())), None)
     if stage is None:
@@ -173,10 +149,12 @@ def _layers(config: PipelineConfig) -> tuple[dict[str, Any], str]:
         job = jobs.get(wanted)
         if job is None:
             return {}, f"data.{wanted} has no targets"
-        chosen = spread(stored_images(job), SEEN)
+        chosen = choose(job, keys, SEEN)
         images = [read_image(job, stored) for stored in chosen]
         views = look(student, images, open_sources(student[0], config.teachers, config.data))
     except OlaError as error:
+        if keys:
+            raise
         return {}, str(error)
     shown = [{"key": stored.entry["key"], "views": of} for stored, of in zip(chosen, views, strict=True)]
     return {"student": stage, "data": wanted, "held_out": held_out, "images": shown}, ""
@@ -194,28 +172,3 @@ def _curves(config: PipelineConfig) -> Iterator[dict[str, Any]]:
                 "text": Markup(figures.text_losses(lines, TITLES[stage])),
                 "parts": parts and Markup(parts),
             }
-
-
-def _replies(config: PipelineConfig, key: str) -> list[dict[str, Any]]:
-    """A few of a benchmark's raw replies: of every task the first right, wrong and unreadable one."""
-    folder = runs.stage_dir(config, "evaluate") / key
-    # an evaluation still at work has not read its replies yet
-    lines = [line for line in read_lines(folder / "replies.jsonl") if "parsed" in line]
-    chosen: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        line["right"] = line["parsed"] == line["answer"]
-        chosen.setdefault(f"{line['task']} {line['right']}", line)
-        if line["parsed"] is None:
-            chosen.setdefault("unanswered", line)
-    images: dict[str, bytes] = {}
-    if chosen and config.eval and key in config.eval.folders:
-        try:
-            images = {question.id: question.image for question in BENCHMARKS[key].load(config.eval.folders[key], None)}
-        except OlaError:
-            images = {}  # the benchmark's folder is gone; the replies are not
-    unique = {line["id"]: line for line in chosen.values()}
-    ordered = sorted(unique.values(), key=lambda line: (BENCHMARKS[key].tasks.index(line["task"]), not line["right"]))
-    return [
-        line | {"image": figures.picture(decode_image(images[line["id"]])) if line["id"] in images else None}
-        for line in ordered
-    ]

@@ -14,6 +14,7 @@ from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.eval.benchmarks import BENCHMARKS
 from olavlm.provenance import provenance
+from pipelines.intervals import Interval, wilson
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -25,6 +26,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a ``.jsonl``, without one that a running stage has only half written; [] if there is no file."""
     text = file.read_text() if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_replies(folder: Path) -> list[dict[str, Any]]:
+    """A benchmark's replies, each with what was read from it; [] while the evaluation is still at work."""
+    return [line for line in read_lines(folder / "replies.jsonl") if "parsed" in line]
 
 
 def summary(config: PipelineConfig) -> dict[str, Any]:
@@ -72,9 +78,14 @@ def print_summary(result: dict[str, Any]) -> None:
         for name, cell in found["scores"].items():
             if cell and name in next(iter(found["baselines"].values()), {}):
                 others = ", ".join(f"{b} {rows[name]:.1%}" for b, rows in found["baselines"].items() if name in rows)
-                score = f"{cell['accuracy']:.1%} ± {cell['stderr']:.1%}, n = {cell['n']:,} ({others})"
+                score = f"{spoken(wilson(cell))}, n = {cell['n']:,} ({others})"
                 table.add_row(f"{BENCHMARKS[key].title} {name}", score)
     Console().print(table)
+
+
+def spoken(share: Interval) -> str:
+    """A share with its 95 % interval, for people."""
+    return f"{share['mean']:.1%} ({100 * share['low']:.1f} to {share['high']:.1%})"
 
 
 def duration(seconds: float) -> str:
@@ -107,8 +118,12 @@ def _probe(probe: dict[str, Any]) -> dict[str, Any]:
     students = probe.get("students", {})
     return {
         task: {
-            "floor": floor,
-            "students": {name: fmean(tasks[task].values()) for name, tasks in students.items() if tasks.get(task)},
+            "floor": floor["mean"],
+            "students": {
+                name: fmean(cell["mean"] for cell in tasks[task].values())
+                for name, tasks in students.items()
+                if tasks.get(task)
+            },
         }
         for task, floor in probe.get("floor", {}).items()
     }

@@ -8,6 +8,7 @@ import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from yaml import YAMLError
 
 from featurize import teachers
 from featurize.drawing import Components, Picture, Scale, draw_labels, label_colour
-from featurize.inspect import Gallery, read_image, show_image
+from featurize.inspect import Gallery, Stored, read_image, show_image, spread, stored_images
 from featurize.stage import Job
 from featurize.teachers.base import Teacher
 from olavlm.chat import load_image
@@ -45,6 +46,7 @@ Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 PROMPT = "Describe the image."
 READ = f"the image and “{PROMPT}”"
 NEAREST = 3
+MAP = "decoded map"  # what a row of them is called
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class TaskView:
     bar: dict[str, Any] = field(default_factory=dict)  # a float map's colours, and the values at their ends
     classes: dict[str, str] = field(default_factory=dict)  # names of the labels shown, with their CSS colours
 
+    @property
+    def target(self) -> Tensor | None:
+        """The teacher's own features, those of the first column, if the teacher is at hand."""
+        return self.columns[0].features if self.columns[-1].cosine is not None else None
+
 
 def see(
     folder: Path,
@@ -123,7 +130,7 @@ def see(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     image = load_image(file)
     student = load_student(folder)
-    stated, data = _stated(folder, pipeline)
+    stated, data = stated_by(folder.resolve().parent, pipeline)
     sources = open_sources(student[0], stated, data, corpus)
     for task, source in sources.items():
         console.print(f"{task}: {'; '.join(source.missing) or 'teacher at hand'}", markup=False)
@@ -149,11 +156,19 @@ def load_student(folder: Path) -> Student:
     model, processor = load_for_inference(folder, predictors=True)
     if not any(task.layers for task in model.config.task_configs):
         others = [path.parent for path in sorted(folder.resolve().parent.parent.glob("*/model/config.json"))]
-        found = [str(other) for other in others if other != folder.resolve() and _predicts(other)]
+        found = [str(other) for other in others if other != folder.resolve() and predicts(other)]
         hint = f"; {', '.join(found)} has some" if found else "; see one that was saved with them, as pretraining does"
         raise OlaError(f"{folder}: no predictors in this student, so its layers cannot be seen{hint}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model.to(device or "cpu"), processor  # type: ignore[arg-type]
+
+
+def predicts(folder: Path) -> bool:
+    """Whether the model there was saved with predictors."""
+    try:
+        return any(task.layers for task in OlaVlmConfig.from_pretrained(folder).task_configs)
+    except (OlaError, OSError, ValueError):
+        return False
 
 
 def open_sources(
@@ -177,6 +192,43 @@ def open_sources(
     if corpus and not any(task.kind == "pooled" for task in tasks):
         raise OlaError(f"--corpus {corpus[0]}: the student predicts no pooled task to find images by")
     return {task.name: _open_source(task, stated.get(task.name), data, corpus, model.device) for task in tasks}
+
+
+def stated_by(stage: Path, pipeline: str | None = None) -> tuple[dict[str, TeacherConfig], dict[str, DataConfig]]:
+    """Teachers and data by the pipeline named, or by the configuration in a stage's folder, or none.
+
+    Raises:
+        OlaError: no such pipeline; the folder's ``config.yaml`` is not that of a stage with teachers and data.
+    """
+    if pipeline:
+        config = load_pipeline(pipeline)
+        return config.teachers, config.data
+    file = stage / "config.yaml"
+    if not file.is_file():
+        return {}, {}
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(file))
+        stated = {task: TeacherConfig.model_validate(entry) for task, entry in found["teachers"].items()}
+        return stated, {name: DataConfig.model_validate(entry) for name, entry in found["data"].items()}
+    except (YAMLError, OmegaConfBaseException, ValidationError, LookupError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OlaError(f"{file}: not the configuration of a training stage ({reason}); give --pipeline") from None
+
+
+def choose(job: Job, keys: Sequence[str], n: int) -> list[Stored]:
+    """The images of samples with these keys, the first of a sample that has several; without keys `n`, evenly spread.
+
+    Raises:
+        OlaError: a key that no image with targets has, or no image with targets at all.
+    """
+    pool = stored_images(job)
+    if not keys:
+        return spread(pool, n)
+    by_key = {stored.entry["key"]: stored for stored in reversed(pool)}
+    if missing := [key for key in keys if key not in by_key]:
+        near = (get_close_matches(missing[0], by_key, 1) or list(by_key)[-1:])[0]
+        raise OlaError(f"--images {missing[0]}: no such key in {len(pool):,} images of data.{job.name}; {near} is one")
+    return [by_key[key] for key in keys]
 
 
 @torch.inference_mode()
@@ -235,7 +287,7 @@ def _add_maps(shown: TaskView, teacher: Teacher) -> None:
         return
     smooth = maps.dtype.is_floating_point
     target, *predicted = (_draw_values if smooth else _draw_labels)(shown, maps.cpu(), teacher)
-    shown.rows.append(Row("decoded map", [Tile(target.picture), *predicted], smooth))
+    shown.rows.append(Row(MAP, [Tile(target.picture), *predicted], smooth))
 
 
 def _draw_values(shown: TaskView, maps: Tensor, teacher: Teacher) -> list[Tile]:
@@ -335,31 +387,6 @@ def _open_gallery(
     opened = Corpus.open(entry.corpus)
     found = TargetStore.open(str(entry.targets), opened.id).find(task, config)
     return Gallery(Job(task, entry, opened, {task: found}), task)
-
-
-def _stated(folder: Path, pipeline: str | None) -> tuple[dict[str, TeacherConfig], dict[str, DataConfig]]:
-    """Teachers and data by the pipeline named, or by the configuration of the stage whose model this is, or none."""
-    if pipeline:
-        config = load_pipeline(pipeline)
-        return config.teachers, config.data
-    file = folder.resolve().parent / "config.yaml"
-    if not file.is_file():
-        return {}, {}
-    try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(file))
-        stated = {task: TeacherConfig.model_validate(entry) for task, entry in found["teachers"].items()}
-        return stated, {name: DataConfig.model_validate(entry) for name, entry in found["data"].items()}
-    except (YAMLError, OmegaConfBaseException, ValidationError, LookupError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OlaError(f"{file}: not the configuration of a training stage ({reason}); give --pipeline") from None
-
-
-def _predicts(folder: Path) -> bool:
-    """Whether the model there was saved with predictors."""
-    try:
-        return any(task.layers for task in OlaVlmConfig.from_pretrained(folder).task_configs)
-    except (OlaError, OSError, ValueError):
-        return False
 
 
 def _mean_iou(labels: Tensor, target: Tensor) -> float:

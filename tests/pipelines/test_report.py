@@ -10,10 +10,13 @@ import pytest
 
 from olavlm.config import PipelineConfig
 from olavlm.errors import OlaError
+from pipelines import replies as replies_module
 from pipelines import report as report_module
 from pipelines.figures import picture
+from pipelines.replies import SHOWN, browse
 from pipelines.report import report
 from pipelines.results import duration, read_lines, summary
+from pipelines.verdict import verdict
 
 
 @pytest.fixture
@@ -40,25 +43,26 @@ def test_a_finished_run(read_page: Any, config: PipelineConfig, finished_run: Pa
     assert "https://" not in text
     assert not re.search(r"@import|url\((?!#)", text)
     page = read_page(text)
-    assert all(link.startswith(("#", "data:image/")) for link in page.links)
+    assert all(link.startswith(("#", "data:image/")) or link == "data:," for link in page.links)
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(set(page.ids)) == len(page.ids)
     assert all(image["alt"] for image in page.images)
-    assert len(page.images) >= 3 * 4 + 4  # pictures, and the images of the replies
+    assert len(page.images) == 3 * 4 + 24  # pictures, and the images of the replies: there are few, so all are shown
     assert len(page.labels) == 5  # two stages' losses, the parts of one, probes, scores
     assert any("depth, pretrain: 0.71 0.78 0.77 0.71" in label for label in page.labels)
     assert "not finished" not in page.text
     assert "mean target 0.50" in page.text
     assert "0.60 → 0.74" in page.text  # the depth probe before and after
     assert "no idea" in page.text
+    assert page.text.count("read as no option") == 8
     assert "How many <b>chairs</b> & tables?" in page.text  # escaped, shown as it is
     assert "2 images have no target" in page.text
     assert "This run does not show that the student looks at the picture." in page.text
     assert "global_batch: 4" in page.text
 
 
-def test_the_verdict_on_depth_weighs_against_cues(read_page: Any, config: PipelineConfig, finished_run: Path) -> None:
-    """Ahead of those who see nothing; ahead or not of those who know the boxes, by two standard errors."""
+def test_the_verdict_on_depth_weighs_against_cues(config: PipelineConfig, finished_run: Path) -> None:
+    """Ahead of those who see nothing; ahead or not of those who know the boxes, by more than the interval."""
     file = finished_run / "evaluate" / "cv_bench" / "scores.json"
     scores = json.loads(file.read_text())
     for row in ("overall", "3D"):
@@ -66,9 +70,10 @@ def test_the_verdict_on_depth_weighs_against_cues(read_page: Any, config: Pipeli
     for boxes, seen in ((0.6, True), (0.75, False)):
         scores["baselines"] |= {"size": {"3D": 0.5}, "2-D boxes": {"3D": boxes}}
         file.write_text(json.dumps(scores))
-        text = read_page(report(config).read_text()).text
-        assert f"not depth, 2-D boxes: {boxes:.1%}" in text
-        assert ("does not show that it sees depth" in text) is not seen
+        said = verdict(summary(config), "cv_bench")
+        assert said
+        assert f"not depth, 2-D boxes: {boxes:.1%}" in said
+        assert ("does not show that it sees depth" in said) is not seen
 
 
 @pytest.mark.usefixtures("finished_run")
@@ -118,8 +123,32 @@ def test_replies_outlive_their_images(
 ) -> None:
     (tmp_path / "cv_bench" / "test_2d.parquet").unlink()
     page = read_page(report(config).read_text())
-    assert "image not there" in page.text
+    assert page.text.count("image not there") == 24
     assert "no idea" in page.text
+
+
+def test_failures_come_first_and_all_of_them_are_counted(
+    config: PipelineConfig, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = finished_run / "evaluate" / "cv_bench" / "replies.jsonl"
+    lines = read_lines(file)
+    for i in range(400):  # of one task: 200 wrong, 100 right, 100 unanswered
+        parsed = ("B", "A", None, "B")[i % 4]
+        lines.append(lines[0] | {"id": f"2D/{100 + i}", "answer": "A", "parsed": parsed})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    count, *_ = tasks = browse(config)
+    assert [task.name for task in tasks] == ["Count", "Relation", "Depth", "Distance"]
+    assert sum(count.counts.values()) == 406
+    shown = [reply["outcome"] for reply in count.replies]
+    assert shown == [kind for kind, n in SHOWN.items() for _ in range(n)]  # failures first
+    wrong = [int(reply["id"].split("/")[1]) for reply in count.replies if reply["outcome"] == "wrong"]
+    assert wrong == sorted(wrong)
+    assert wrong[-1] > 450 > 350 > wrong[len(wrong) // 2] > 250  # spread over the benchmark
+    size = max(len(task.replies[0]["picture"] or "") for task in tasks)
+    monkeypatch.setattr(replies_module, "_BUDGET", 8 * size)  # some images have to stay away, no task's all
+    pictures = [[reply["picture"] for reply in task.replies] for task in browse(config)]
+    assert all(of[0] for of in pictures)
+    assert 4 * size < sum(len(one) for of in pictures for one in of if one) <= 8 * size
 
 
 @pytest.mark.usefixtures("finished_run")
@@ -150,3 +179,23 @@ def test_numbers_for_people(tmp_path: Path) -> None:
         "0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min", "25 h 0 min",
     ]  # fmt: skip
     assert read_lines(tmp_path / "nothing.jsonl") == []
+
+
+def test_probe_tasks_are_shown_with_what_the_target_itself_gives(
+    read_page: Any, config: PipelineConfig, finished_run: Path
+) -> None:
+    def cell(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
+
+    found = {
+        "students": {"pretrain": {"order": {"1": cell(0.6), "2": cell(0.7)}, "fid": {"2": {"value": 31.0, "n": 50}}}},
+        "reference": {"order": {"target": cell(0.9), "floor": cell(0.5)}},
+        "measures": {"order": {"title": "depth order", "better": "higher"}, "fid": {"title": "FID", "better": "lower"}},
+    }
+    folder = finished_run / "probe_tasks"
+    folder.mkdir()
+    (folder / "probe_tasks.json").write_text(json.dumps(found))
+    (label,) = [label for label in read_page(report(config).read_text()).labels if label.startswith("Probe tasks")]
+    assert "depth order (higher is better), pretrain: 0.60 0.70" in label
+    assert "depth order (higher is better), the target itself: 0.90" in label
+    assert "FID (lower is better), pretrain: 31.00" in label

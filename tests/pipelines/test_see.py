@@ -121,7 +121,7 @@ def test_the_command_writes_a_page_and_says_where(command: Command, model: Path,
     assert {line.split(":")[0] for line in err.splitlines()} == {"gen", "depth", "seg"}
     text = path.read_text()
     page = read_page(text)
-    assert all(link.startswith("data:image/") for link in page.links)
+    assert all(link.startswith("data:image/") or link == "data:," for link in page.links)
     assert not re.search(r"https?://|@import|url\(", text)
     shown = {image["alt"] for image in page.images}
     components = COMPONENTS.format("the target's")
@@ -340,3 +340,10 @@ def test_the_report_shows_the_same_views(config: PipelineConfig, read_page: Any)
     assert shown.count("gen, nearest, layer 4") == 2
     assert "after pretrain, images of train." in " ".join(page.text.split())
     assert "Nothing to see" not in page.text
+
+
+def test_the_report_shows_the_images_that_are_asked_for(config: PipelineConfig, read_page: Any) -> None:
+    page = read_page(report(config, ["s4"]).read_text())
+    assert [image["alt"] for image in page.images].count("depth, decoded map, layer 2") == 1
+    with pytest.raises(OlaError, match=r"--images s44: no such key in 6 images of data\.train; s4 is one"):
+        report(config, ["s44"])
