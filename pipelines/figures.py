@@ -93,7 +93,7 @@ def probe_curves(probe: Mapping[str, Any], taught: Mapping[str, Sequence[int]]) 
     """A panel per task: cosine to the target on held-out images by layer, a line per student, and the floor.
 
     Args:
-        probe: ``{"students": {name: {task: {layer: cosine}}}, "floor": {task: cosine}}``.
+        probe: ``{"students": {name: {task: {layer: cell}}}, "floor": {task: cell}}``, a cell's ``mean`` being a cosine.
         taught: the layers each task's embedding loss was applied at; they are marked.
     """
     students, floors = probe["students"], probe["floor"]
@@ -108,11 +108,11 @@ def probe_curves(probe: Mapping[str, Any], taught: Mapping[str, Sequence[int]]) 
             for name, by_task in students.items():
                 if task not in by_task:
                     continue
-                points = sorted((int(layer), cosine) for layer, cosine in by_task[task].items())
+                points = sorted((int(layer), cell["mean"]) for layer, cell in by_task[task].items())
                 color, style = ("#8a8a8a", "--") if name == "initial" else (next(colors), "-")
                 axes.plot(*zip(*points, strict=True), style, color=color, marker="o", markersize=4, label=name)
                 said.append(f"{task}, {name}: {' '.join(f'{cosine:.2f}' for _, cosine in points)}")
-            axes.axhline(floor, color=_INK, lw=1, ls=":", label="mean target")
+            axes.axhline(floor["mean"], color=_INK, lw=1, ls=":", label="mean target")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set(title=task, xlabel="layer")
         panels[0].set(ylabel="cosine, held-out images")

@@ -107,8 +107,12 @@ def _probe(probe: dict[str, Any]) -> dict[str, Any]:
     students = probe.get("students", {})
     return {
         task: {
-            "floor": floor,
-            "students": {name: fmean(tasks[task].values()) for name, tasks in students.items() if tasks.get(task)},
+            "floor": floor["mean"],
+            "students": {
+                name: fmean(cell["mean"] for cell in tasks[task].values())
+                for name, tasks in students.items()
+                if tasks.get(task)
+            },
         }
         for task, floor in probe.get("floor", {}).items()
     }

@@ -198,13 +198,13 @@ def finished_run(config: PipelineConfig, benchmark: list[dict[str, Any]], finish
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     layers = ("1", "2", "3", "4")
     cosines = {
-        name: {task: dict(zip(layers, values, strict=True)) for task, values in by_task.items()}
+        name: {task: dict(zip(layers, map(_cell, values), strict=True)) for task, values in by_task.items()}
         for name, by_task in {
             "initial": {"depth": (0.61, 0.61, 0.59, 0.60), "gen": (0.90, 0.90, 0.90, 0.90)},
             "pretrain": {"depth": (0.71, 0.78, 0.77, 0.71), "gen": (0.91, 0.92, 0.95, 0.96)},
         }.items()
     }
-    probe = {"students": cosines, "floor": {"depth": 0.5, "gen": 0.88}, "held_out": 200}
+    probe = {"students": cosines, "floor": {"depth": _cell(0.5), "gen": _cell(0.88)}, "held_out": 200}
     (finish("probe") / "probe.json").write_text(json.dumps(probe))
 
     questions = cv_bench.load(str(config.eval.cv_bench if config.eval else ""))
@@ -228,3 +228,7 @@ def finished_run(config: PipelineConfig, benchmark: list[dict[str, Any]], finish
     (folder / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "scores.json").write_text(json.dumps(scores))
     return Path(config.run_dir)
+
+
+def _cell(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
