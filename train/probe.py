@@ -86,6 +86,9 @@ def probe(config: PipelineConfig) -> None:
     world = World.join()
     if world.size > 1:
         raise OlaError("probe: runs on one process; start it with python, not torchrun")
+    for name in settings.students:
+        if name != "initial":
+            _model_folder(config, name)  # before anything is written
     folder = runs.stage_dir(config, "probe")
     if runs.begin(folder, runs.depends_on(config, "probe")):
         Console().print(f"probe: finished already, see {folder / 'done.json'}")
@@ -316,11 +319,7 @@ def _open_student(config: PipelineConfig, name: str) -> student.Student:
     dtype = student.DTYPES[next(iter(config.stages.values())).dtype]
     if name == "initial":
         return student.create(config, dtype)
-    own = name in dict(config.stages)
-    folder = runs.stage_dir(config, name) / "model" if own else Path(name)
-    if not own and not (folder / "config.json").is_file():
-        stages = ", ".join(["initial", *config.stages])
-        raise OlaError(f"probe.students: {name!r} is no model folder (config.json is missing) and none of {stages}")
+    folder = _model_folder(config, name)
     model, processor = student.load(folder, dtype)
     if model.config.encoders != student.encoders(config):
         raise OlaError(f"student.encoders: {student.encoders(config)}; {folder} is fed {model.config.encoders}")
@@ -332,6 +331,20 @@ def _open_student(config: PipelineConfig, name: str) -> student.Student:
                 f"gives {teacher.tokens} of width {teacher.width}"
             )
     return model, processor
+
+
+def _model_folder(config: PipelineConfig, name: str) -> Path:
+    """Where a student's model is, or will be once its stage has run.
+
+    Raises:
+        OlaError: neither a stage nor a model folder.
+    """
+    if name in dict(config.stages):
+        return runs.stage_dir(config, name) / "model"
+    if not (Path(name) / "config.json").is_file():
+        known = ", ".join(["initial", *config.stages])
+        raise OlaError(f"probe.students: {name!r} is no model folder (config.json is missing) and none of {known}")
+    return Path(name)
 
 
 def _check_alike(config: PipelineConfig, probed: Probed, name: str, students: Mapping[str, Any]) -> None:

@@ -106,10 +106,9 @@ class Unclip:
         self._root, self._steps, self._seed, self._device = Path(settings.images), settings.steps, seed, device
         logging.disable_progress_bar()
         try:
-            pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+            pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(  # type: ignore[no-untyped-call]
                 settings.pipeline,
                 feature_extractor=None,  # no image goes in
-                torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
             )
@@ -121,7 +120,7 @@ class Unclip:
                 f"probe_tasks.unclip.pipeline: {settings.pipeline} takes embeddings of width {found}, the teacher's "
                 f"have {width}"
             )
-        self._pipeline: Any = pipeline.to(device)
+        self._pipeline: Any = pipeline.to(device, dtype)
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, embeddings: Tensor, folder: Path, batch: int) -> list[Path]:
@@ -161,14 +160,12 @@ class Inception:
         if not Path(file).is_file():
             raise OlaError(f"probe_tasks.unclip.inception: no file {file}; expected inception-2015-12-05.pt")
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # torch.jit as a whole; these weights have no other form
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", ".*torch.jit.load. is deprecated")  # these weights have no other form
             try:
-                self._module = torch.jit.load(file, map_location=device).eval()
+                loaded: Any = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
             except (RuntimeError, ValueError) as error:
                 raise OlaError(f"{file}: no TorchScript file ({str(error).strip().splitlines()[0]})") from None
+        self._module: Any = loaded.eval()
 
     @torch.inference_mode()
     def features(self, files: Sequence[Path]) -> Array:

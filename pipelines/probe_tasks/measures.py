@@ -108,8 +108,8 @@ def _decodes_to(key: str, teacher: Teacher) -> bool:
 
 def _order(task: str, teacher: Teacher, folder: str, _: int) -> tuple[str, Measure]:
     def judge(decoded: Tensor, size: Size, pairs: Pairs) -> Array:
-        depths = (read_map(decoded, _positions(teacher, points, size)) for points in (pairs.first, pairs.second))
-        return depth_order(*depths, pairs.first_is_closer, teacher.depth_sign == "larger_is_closer")
+        first, second = (read_map(decoded, _positions(teacher, at, size)) for at in (pairs.first, pairs.second))
+        return depth_order(first, second, pairs.first_is_closer, teacher.depth_sign == "larger_is_closer")
 
     title = f"{task}: pairs of points in the right order"
     return f"{task}_order", Measure(task, title, "higher", load_pairs(folder), judge, ratio)
