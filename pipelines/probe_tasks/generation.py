@@ -111,6 +111,7 @@ class Unclip:
                 feature_extractor=None,  # no image goes in
                 use_safetensors=True,
                 local_files_only=True,
+                dtype=dtype,
             )
         except (OSError, ValueError, TypeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -120,7 +121,7 @@ class Unclip:
                 f"probe_tasks.unclip.pipeline: {settings.pipeline} takes embeddings of width {found}, the teacher's "
                 f"have {width}"
             )
-        self._pipeline: Any = pipeline.to(device, dtype)
+        self._pipeline: Any = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, embeddings: Tensor, folder: Path, batch: int) -> list[Path]:

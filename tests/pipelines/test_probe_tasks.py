@@ -144,6 +144,8 @@ def _save_unclip(folder: Path) -> None:
             up_block_types=("UpDecoderBlock2D",) * 2,
         ),
     )
+    for parameter in pipeline.unet.class_embedding.parameters():  # so that random weights heed the embedding
+        parameter.data *= 20
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]  # as published; with torchvision only
@@ -173,7 +175,7 @@ def test_what_the_teachers_see_is_right_and_the_mean_feature_knows_no_order(resu
     assert found["depth_order"]["target"] > 0.8
     assert found["depth_order"]["floor"] == pytest.approx(0.5, abs=0.2)
     assert found["seg_miou"]["target"] > 0.55 > found["seg_miou"]["floor"]
-    assert found["depth_absrel"]["target"] < 0.2 < found["depth_absrel"]["floor"]
+    assert found["depth_absrel"]["target"] < 0.7 * found["depth_absrel"]["floor"]
     assert found["gen_similarity"]["target"] <= 1
 
 
@@ -184,7 +186,7 @@ def test_the_targets_miou_is_that_of_its_decoded_maps(
     predicted, truth = [], []
     for image in sorted((folder / "truth" / "images").iterdir()):
         maps = teacher.decode(teacher.encode(teacher.preprocess(Image.open(image))[None]))
-        predicted.append(np.kron(maps[0].numpy(), np.ones((4, 4), np.int64)))  # 16 × 16 over an image of 64 × 64
+        predicted.append(np.kron(maps[0].numpy(), np.ones((2, 2), np.int64)))  # 32 × 32 over an image of 64 × 64
         truth.append(np.asarray(Image.open(folder / "truth" / "labels" / image.name)).astype(np.int64))
     expected = np.nanmean(linear.miou(np.stack(truth), np.stack(predicted), 7))
     assert result["reference"]["seg_miou"]["target"]["value"] == pytest.approx(expected)
