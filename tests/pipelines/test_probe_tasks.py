@@ -145,7 +145,7 @@ def _save_unclip(folder: Path) -> None:
         ),
     )
     for parameter in pipeline.unet.class_embedding.parameters():  # so that random weights heed the embedding
-        parameter.data *= 20
+        parameter.data *= 100
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]  # as published; with torchvision only
