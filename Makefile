@@ -11,12 +11,12 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe report compare app verify demo sweep teachers bench codecs test lint \
-	clean
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe probe-tasks report compare app verify demo sweep teachers bench codecs \
+	test lint clean
 
 help:  ## this list
 	@echo "make STAGE [PIPELINE=demo|photos|path/to.yaml] [ARGS=\"key.path=value …\"]"
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
 # Everything is pinned by constraints.txt; compiling all of it up front would double the installation.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -45,6 +45,9 @@ finetune: setup  ## instruction tuning
 
 probe: setup  ## what each layer knows: one probe per layer, before and after
 	$(RUN) -m train probe $(PIPELINE) $(ARGS)
+
+probe-tasks: setup  ## depth order, mIoU, generated images: the probes' predictions through the teachers' own decoders
+	$(RUN) -m pipelines probe-tasks $(PIPELINE) $(ARGS)
 
 evaluate: setup  ## CV-Bench, MMStar
 	$(RUN) -m pipelines evaluate $(PIPELINE) $(ARGS)

@@ -185,7 +185,7 @@ class ProbeConfig(Section):
     """Per-layer probes: one plain predictor per layer and task on a frozen student, targets from the store."""
 
     data: str
-    students: list[str]  # `initial` (as built), or stage names
+    students: list[str]  # `initial` (as built), stages, or model folders of other runs; compared with the first
     tasks: list[str]
     layers: list[Positive] | None = None  # default: all
     view: View = "squash"
@@ -196,6 +196,43 @@ class ProbeConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     max_length: Positive = 512
+
+
+class UnclipConfig(Section):
+    """Images generated from predicted image embeddings, by diffusers' stable unCLIP."""
+
+    pipeline: str  # folder or hub id with the layout of stabilityai/stable-diffusion-2-1-unclip
+    images: str  # folder of the images whose embeddings are predicted
+    limit: Positive | None = None  # of these images, the first in the order of their paths
+    steps: Positive = 20  # of denoising
+    inception: str | None = None  # TorchScript file (NVIDIA's inception-2015-12-05.pt): adds FID
+
+
+class ProbeTasksConfig(Section):
+    """What the teachers' own decoders make of the features that probes predict; layouts: olavlm/eval/truth.py."""
+
+    pairs: str | None = None  # folder with DA-2K's annotations.json: is the nearer point the nearer one?
+    labels: str | None = None  # folder with images/ and labels/: mIoU
+    ignore: Annotated[int, Field(ge=0)] = 255  # label of pixels that do not count
+    depths: str | None = None  # folder with images/ and depths/: relative error of metric depth
+    unclip: UnclipConfig | None = None
+    scenes: Positive | None = None  # demo world: rendered, with all that is known of them, into folders not there yet
+    level: Literal["easy", "hard"] = "easy"  # of those scenes
+    batch: Positive = 16
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders of truths, by their key here."""
+        given = {"pairs": self.pairs, "labels": self.labels, "depths": self.depths}
+        return {key: folder for key, folder in given.items() if folder}
+
+    @model_validator(mode="after")
+    def _tasks(self) -> "ProbeTasksConfig":
+        if not self.folders and not self.unclip:
+            raise ValueError("probe_tasks: nothing to measure; expected pairs, labels, depths (folders) or unclip")
+        if self.scenes and not self.folders:
+            raise ValueError("probe_tasks.scenes: rendered into the folders of pairs, labels or depths: none is given")
+        return self
 
 
 class EvalConfig(Section):
@@ -258,6 +295,7 @@ class PipelineConfig(Section):
     student: StudentConfig
     stages: dict[Literal["pretrain", "vpt", "finetune"], StageConfig]
     probe: ProbeConfig | None = None
+    probe_tasks: ProbeTasksConfig | None = None
     eval: EvalConfig | None = None
     cache: CacheConfig | None = None
 
@@ -310,6 +348,8 @@ class PipelineConfig(Section):
             for task in self.probe.tasks:
                 known("probe.tasks", task, self.teachers)
             self._check_fed("probe.data", [self.probe.data])
+        if self.probe_tasks and not self.probe:
+            raise ValueError("probe_tasks: needs a probe section, whose probes predict the features")
         if self.eval:
             if self.eval.data is not None:
                 known("eval.data", self.eval.data, self.data)

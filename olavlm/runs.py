@@ -31,8 +31,13 @@ def stages_of(config: PipelineConfig) -> list[str]:
     """The stages this pipeline has, in the order they run."""
     trained = [stage for stage in ("pretrain", "vpt", "finetune") if stage in config.stages]
     featurized = any(data.targets for data in config.data.values())
-    optional = {"featurize": featurized, "probe": config.probe, "evaluate": config.eval}
-    return [s for s in ("corpus", "featurize", *trained, "probe", "evaluate") if optional.get(s, True)]
+    optional = {
+        "featurize": featurized,
+        "probe": config.probe,
+        "probe_tasks": config.probe_tasks,
+        "evaluate": config.eval,
+    }
+    return [s for s in ("corpus", "featurize", *trained, "probe", "probe_tasks", "evaluate") if optional.get(s, True)]
 
 
 def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
@@ -57,6 +62,9 @@ def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
             "student": full["student"],
             "stages": chain,
         }
+    if stage == "probe_tasks":
+        own = {k: v for k, v in full["probe_tasks"].items() if k != "batch"}
+        return depends_on(config, "probe") | {"probe_tasks": own}
     if stage == "probe":
         own, students = full["probe"], full["probe"]["students"]
     else:

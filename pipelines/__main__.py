@@ -30,6 +30,7 @@ def main() -> int:
     for name, help_text in {
         "run": "every stage that has not finished yet, then the report",
         "corpus": "render, pack or adopt the pipeline's corpora and benchmark",
+        "probe-tasks": "decode what the probes predict with the teachers' own heads, and measure it against the truth",
         "evaluate": "run the pipeline's benchmarks on the trained student",
         "report": "write report.html and summary.json from whatever stages are there",
         "show": "print the resolved configuration",
@@ -171,6 +172,10 @@ def main() -> int:
         from pipelines.corpus import build
 
         build(config)
+    elif args.command == "probe-tasks":
+        from pipelines.probe_tasks.stage import probe_tasks
+
+        probe_tasks(config)
     elif args.command == "evaluate":
         from pipelines.evaluate import evaluate
 

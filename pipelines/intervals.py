@@ -8,6 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from olavlm.eval.benchmarks import Benchmark
+from olavlm.eval.bootstrap import bootstrap_mean
 from olavlm.eval.cv_bench import Cell, Question
 
 _Z = 1.959964  # standard normal, 97.5 %
@@ -66,11 +67,8 @@ def paired(
 
 def paired_mean(first: Mapping[str, float], second: Mapping[str, float]) -> Interval:
     """The mean of second − first over the keys that both have, by a bootstrap of these differences."""
-    keys = sorted(first.keys() & second.keys())
-    differences = np.array([second[key] - first[key] for key in keys])
-    rng = np.random.default_rng(0)
-    means = [rng.choice(differences, len(keys)).mean() for _ in range(RESAMPLES // 5)]
-    return _percentiles(float(differences.mean()), np.array(means))
+    found = bootstrap_mean([second[key] - first[key] for key in sorted(first.keys() & second.keys())])
+    return {"mean": found.value, "low": found.low, "high": found.high}
 
 
 def _percentiles(mean: float, samples: np.ndarray) -> Interval:

@@ -28,6 +28,7 @@ COMMANDS = {
     "vpt": ["train", "vpt"],
     "finetune": ["train", "finetune"],
     "probe": ["train", "probe"],
+    "probe_tasks": ["pipelines", "probe-tasks"],
     "evaluate": ["pipelines", "evaluate"],
     "report": ["pipelines", "report"],
 }

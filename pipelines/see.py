@@ -36,15 +36,16 @@ from olavlm.data.corpus import Corpus
 from olavlm.data.images import apply_view
 from olavlm.data.targets import TargetStore
 from olavlm.errors import OlaError
+from olavlm.eval.maps import mean_iou, overlaps
 from olavlm.model import OlaVlmConfig, OlaVlmForConditionalGeneration, OlaVlmProcessor, TaskConfig, cosine
 from olavlm.model.export import load_for_inference
 from pipelines.page import render
+from train.probe import REQUEST
 
 Student = tuple[OlaVlmForConditionalGeneration, OlaVlmProcessor]
 
 #: The image and a request that says nothing of it, laid out as in training: predictors may read the text.
-PROMPT = "Describe the image."
-READ = f"the image and “{PROMPT}”"
+READ = f"the image and “{REQUEST}”"
 NEAREST = 3
 MAP = "decoded map"  # what a row of them is called
 
@@ -241,7 +242,7 @@ def look(student: Student, images: Sequence[Image.Image], sources: Mapping[str, 
         sources: `open_sources` of the student.
     """
     model, processor = student
-    text = processor.prompt([{"from": "human", "value": f"<image>\n{PROMPT}"}])
+    text = processor.prompt([{"from": "human", "value": f"<image>\n{REQUEST}"}])
     inputs = processor(images=images, text=[text] * len(images)).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     predictions = model(**inputs, predict=True, logits_to_keep=1).predictions or {}
@@ -310,8 +311,10 @@ def _draw_labels(shown: TaskView, maps: Tensor, teacher: Teacher) -> list[Tile]:
     for label in sorted(set(maps.flatten().tolist())):
         red, green, blue = label_colour(label)
         shown.classes[teacher.labels.get(label, f"label {label}")] = f"rgb({red} {green} {blue})"
-    shown.notes.append("Maps by the teacher's own decoder. mIoU: mean over the classes in the target's map.")
-    return [Tile(draw_labels(one), f"mIoU {_mean_iou(one, maps[0]):.3f} to the target's") for one in maps]
+    shown.notes.append("Maps by the teacher's own decoder. mIoU: mean over the classes in either map.")
+    target, *_ = arrays = maps.numpy()
+    agreed = [mean_iou(overlaps(one, target, arrays.max() + 1)) for one in arrays]
+    return [Tile(draw_labels(one), f"mIoU {of:.3f} to the target's") for one, of in zip(maps, agreed, strict=True)]
 
 
 def _add_components(shown: TaskView, grid: int, fitted_on_target: bool) -> None:
@@ -387,12 +390,3 @@ def _open_gallery(
     opened = Corpus.open(entry.corpus)
     found = TargetStore.open(str(entry.targets), opened.id).find(task, config)
     return Gallery(Job(task, entry, opened, {task: found}), task)
-
-
-def _mean_iou(labels: Tensor, target: Tensor) -> float:
-    """Intersection over union of two maps (H, W), averaged over the labels of the target."""
-    shares = [
-        ((labels == a) & (target == a)).sum() / ((labels == a) | (target == a)).sum()
-        for a in set(target.flatten().tolist())
-    ]
-    return float(torch.stack(shares).mean())

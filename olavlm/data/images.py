@@ -2,8 +2,10 @@
 
 import contextlib
 import io
-from typing import assert_never
+from typing import Any, assert_never
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from olavlm.config import View
@@ -86,6 +88,35 @@ def apply_view(
             return image.resize((width, height), resample).crop((left, top, left + size, top + size))
         case _:
             assert_never(view)
+
+
+def view_positions(points: NDArray[Any], image: tuple[int, int], view: View, size: int) -> NDArray[np.float64]:
+    """Where points of an image lie in the square that `apply_view` makes of it, to within that one's rounding.
+
+    Args:
+        points: (…, 2) x and y in pixels from the image's upper left corner; the first pixel's centre is at (0.5, 0.5).
+        image: its width and height.
+        view: as in `apply_view`.
+        size: side of the square in pixels.
+
+    Returns:
+        (…, 2) x and y as shares of the square; outside [0, 1] where the view cuts the point off.
+    """
+    width, height = image
+    match view:
+        case "squash":
+            scaled = size * points / (width, height)
+        case "pad":
+            side = max(width, height)
+            left_top = np.array([(side - width) // 2, (side - height) // 2])
+            scaled = (points + left_top) * size / side
+        case "center_crop":
+            resized = [size * side // min(width, height) for side in (width, height)]
+            left_top = np.array([(side - size) // 2 for side in resized])
+            scaled = points * resized / (width, height) - left_top
+        case _:
+            assert_never(view)
+    return np.asarray(scaled / size, np.float64)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

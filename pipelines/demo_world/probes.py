@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from olavlm.eval.maps import iou, overlaps
+
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -82,11 +84,7 @@ def r2(y: Array, predicted: Array) -> float:
 
 def miou(labels: Labels, predicted: Labels, classes: int) -> Array:
     """Intersection over union per class (classes,); NaN for a class that is in neither."""
-    counts = np.zeros((classes, classes))
-    np.add.at(counts, (labels.ravel(), predicted.ravel()), 1)
-    hit = np.diag(counts)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(hit / (counts.sum(0) + counts.sum(1) - hit))
+    return iou(overlaps(predicted, labels, classes))
 
 
 def _folds(groups: Labels, folds: int = FOLDS) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:

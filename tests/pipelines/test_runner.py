@@ -35,7 +35,7 @@ def started(config, monkeypatch, tmp_path):
     return calls, codes
 
 
-STAGES = ["corpus", "featurize", "pretrain", "finetune", "probe", "evaluate"]
+STAGES = ["corpus", "featurize", "pretrain", "finetune", "probe", "probe_tasks", "evaluate"]
 
 
 def test_stages_run_in_order_with_the_overrides_and_then_the_report(config, started):

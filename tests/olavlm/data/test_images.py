@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from olavlm.config import View
 from olavlm.data import images
-from olavlm.data.images import MAX_PIXELS, MEAN_COLOUR, apply_view, decode_image
+from olavlm.data.images import MAX_PIXELS, MEAN_COLOUR, apply_view, decode_image, view_positions
 
 RNG = np.random.default_rng(0)
 
@@ -185,3 +186,31 @@ def test_center_crop_is_what_clip_does(size):
     clip = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24, do_rescale=False, do_normalize=False)
     expected = np.asarray(clip(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(apply_view(image, "center_crop", 24)), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(24, 120), st.integers(24, 120)),
+    at=st.tuples(st.floats(0.3, 0.7), st.floats(0.3, 0.7)),
+    view=st.sampled_from(["squash", "pad", "center_crop"]),
+)
+def test_a_point_is_where_the_view_puts_it(size: tuple[int, int], at: tuple[float, float], view: View) -> None:
+    """A white patch on black: its centre of mass in the view is where its centre is said to be."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    left, top = (round(share * side) - 2 for share, side in zip(at, size, strict=True))
+    pixels[top : top + 5, left : left + 5] = 255
+    seen = np.asarray(apply_view(Image.fromarray(pixels), view, 96, Image.Resampling.BOX))[..., 0].astype(float)
+    if view == "pad":  # what is filled in is grey
+        seen[seen < 130] = 0
+    middle = np.array([left + 2.5, top + 2.5])
+    expected = 96 * view_positions(middle, size, view, 96)
+    found = [(seen * (index + 0.5)).sum() / seen.sum() for index in np.indices(seen.shape)[::-1]]
+    if expected.min() > 12 and expected.max() < 84:  # all of the patch is seen
+        assert found == pytest.approx(expected, abs=1)
+
+
+def test_what_a_view_cuts_off_lies_outside() -> None:
+    corners = np.array([[0.0, 0.0], [200.0, 100.0], [100.0, 50.0]])
+    assert view_positions(corners, (200, 100), "squash", 64).tolist() == [[0, 0], [1, 1], [0.5, 0.5]]
+    assert view_positions(corners, (200, 100), "pad", 64).tolist() == [[0, 0.25], [1, 0.75], [0.5, 0.5]]
+    assert view_positions(corners, (200, 100), "center_crop", 64).tolist() == [[-0.5, 0], [1.5, 1], [0.5, 0.5]]
