@@ -62,7 +62,7 @@ def compare(folders: Sequence[Path], out: Path | None = None, images: Sequence[s
     seen, seen_missing = layers({run.name: run.folder for run in found}, images)
     probe = _merged(found, "probe/probe.json", "floor")
     probe_tasks = _merged(found, "probe_tasks/probe_tasks.json", "reference", "measures")
-    held_out = {run.json("probe/probe.json").get("held_out") for run in found} - {None}
+    held_out: list[int] = [run.json("probe/probe.json").get("held_out", 0) for run in found]
     page = render(
         "compare.html.j2",
         names=[run.name for run in found],
@@ -71,7 +71,7 @@ def compare(folders: Sequence[Path], out: Path | None = None, images: Sequence[s
         losses=list(_losses(found)),
         probe=Markup(figures.probe_curves(probe, {})) if probe["students"] else None,
         probe_gains=_probe_gains(found),
-        held_out=max(held_out, default=0),
+        held_out=max(held_out),
         probe_tasks=Markup(figures.probe_task_curves(probe_tasks)) if probe_tasks["measures"] else None,
         benchmarks=[_benchmark(key, found) for key in BENCHMARKS if any(_scores(run, key) for run in found)],
         layers=seen,
