@@ -125,21 +125,26 @@ class Unclip:
         self._pipeline.set_progress_bar_config(disable=True)
 
     def generate(self, embeddings: Tensor, folder: Path, batch: int) -> list[Path]:
-        """An image for the embedding (n, width) of every file, as PNGs in `folder`; those that are there are kept."""
+        """An image for the embedding (n, width) of every file, as PNGs in `folder`; those that are there are kept.
+
+        A batch is always of the same files, whichever of them are missing: in another one sums may round otherwise.
+        """
         pictures = [folder / f"{file.relative_to(self._root)}.png" for file in self.files]
-        missing = [i for i, picture in enumerate(pictures) if not picture.is_file()]
-        for start in track(range(0, len(missing), batch), f"generating {folder.parent.name}/{folder.name}"):
-            some = missing[start : start + batch]
+        numbers = range(len(pictures))
+        batches = [numbers[start : start + batch] for start in numbers[::batch]]
+        wanted = [some for some in batches if not all(pictures[i].is_file() for i in some)]
+        for some in track(wanted, f"generating {folder.parent.name}/{folder.name}"):
             generated = self._pipeline(
                 prompt=[""] * len(some),
-                image_embeds=embeddings[some].to(self._device, self._pipeline.image_encoder.dtype),
+                image_embeds=embeddings[some.start : some.stop].to(self._device, self._pipeline.image_encoder.dtype),
                 generator=[torch.Generator().manual_seed(self._seed + i) for i in some],
                 num_inference_steps=self._steps,
             )
             for i, image in zip(some, generated.images, strict=True):
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG")
-                replace(pictures[i], buffer.getvalue())
+                if not pictures[i].is_file():
+                    buffer = io.BytesIO()
+                    image.save(buffer, "PNG")
+                    replace(pictures[i], buffer.getvalue())
         return pictures
 
 

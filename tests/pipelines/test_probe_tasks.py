@@ -130,6 +130,7 @@ def _save_unclip(folder: Path) -> None:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             block_out_channels=(32, 32),
             layers_per_block=1,
+            norm_num_groups=8,  # one per channel would take away what the embedding adds to it
             attention_head_dim=8,
             cross_attention_dim=32,
             class_embed_type="projection",
@@ -145,7 +146,7 @@ def _save_unclip(folder: Path) -> None:
         ),
     )
     for parameter in pipeline.unet.class_embedding.parameters():  # so that random weights heed the embedding
-        parameter.data *= 100
+        parameter.data *= 5
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]  # as published; with torchvision only
