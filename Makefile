@@ -11,7 +11,7 @@ export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe probe-tasks report compare app verify demo sweep teachers bench codecs \
+.PHONY: help setup corpus featurize pretrain vpt finetune evaluate probe probe-tasks report compare app verify demo sweep teachers bench study codecs \
 	test lint clean
 
 help:  ## this list
@@ -75,6 +75,9 @@ teachers: setup  ## train the demo world's teachers and student base from nothin
 
 bench: setup  ## measured ratios: stored targets against teachers online, our featurization and loader against others'
 	$(RUN) -m pipelines bench $(ARGS)
+
+study: setup  ## many students by a protocol fixed beforehand: tables, a figure, a verdict (hours; go on where it stopped)
+	$(RUN) -m pipelines study $(ARGS)
 
 codecs: setup  ## what storing targets in fewer bits costs, and what it does to a student
 	$(RUN) -m pipelines codecs $(ARGS)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from olavlm.data.corpus import content_hash
@@ -47,6 +49,27 @@ class Asked:
     def stack(self, replies: Iterable[Path]) -> Array:
         """(students, questions) float, as `read` gives each."""
         return np.stack([self.read(file) for file in replies])
+
+
+def stack_cosines(probed: Sequence[tuple[Mapping[str, str], Path]]) -> dict[str, dict[int, dict[str, Array]]]:
+    """Task → layer → arm → (seeds, images) cosines; every seed holds out the same images.
+
+    Args:
+        probed: for each seed the name of every arm's student in ``cosines.parquet``, and that file.
+    """
+    found: dict[str, dict[int, dict[str, list[Array]]]] = {}
+    for students, file in probed:
+        table = pq.read_table(file)
+        for arm, student in students.items():
+            own = table.filter(pc.equal(table["student"], student)).sort_by("key")
+            for task, layer in {*zip(own["task"].to_pylist(), own["layer"].to_pylist(), strict=True)}:
+                rows = own.filter(pc.and_(pc.equal(own["task"], task), pc.equal(own["layer"], layer)))
+                of_layer = found.setdefault(task, {}).setdefault(layer, {})
+                of_layer.setdefault(arm, []).append(rows["cosine"].to_numpy())
+    return {
+        task: {layer: {arm: np.stack(values) for arm, values in of_task[layer].items()} for layer in sorted(of_task)}
+        for task, of_task in found.items()
+    }
 
 
 def two_way(values: Array, images: Array) -> Estimate:

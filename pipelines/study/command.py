@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from olavlm import runs
@@ -14,9 +15,9 @@ from olavlm.eval.bootstrap import Estimate
 from olavlm.provenance import provenance
 from pipelines.results import read_json
 from pipelines.settings import Setting, run_all
-from pipelines.study.analysis import Asked, accuracies, gains
+from pipelines.study.analysis import Array, Asked, accuracies, gains, stack_cosines, two_way
 from pipelines.study.page import draw, write
-from pipelines.study.protocol import Part, Protocol, open_study, settings
+from pipelines.study.protocol import Part, Protocol, open_study, probes, settings
 
 #: Arm and seed.
 Key = tuple[str, int]
@@ -43,11 +44,20 @@ def study(file: Path, overrides: list[str], jobs: int) -> int:
     students = settings(protocol, base, overrides)
     console = Console()
     code, failed = run_all(base, protocol.pipeline, overrides, list(students.values()), jobs)
+    probed = probes(protocol, base, overrides, students)
+    if code != 130:
+        ready = [
+            setting
+            for seed, (_, setting) in probed.items()
+            if all(_finished(students[arm, seed]) for arm in protocol.probes)
+        ]
+        probing, also = run_all(base, protocol.pipeline, overrides, ready, jobs) if ready else (0, {})
+        code, failed = code or probing, failed | also
     for name, stage in failed.items():
         console.print(f"[red]failed:[/red] {name}, in {stage}; the same command tries again")
     if any(_finished(setting) for setting in students.values()):
         folder = Path(base.run_dir)
-        found = collect(protocol, base, students)
+        found = collect(protocol, base, students) | {"probes": _probes(protocol, probed)}
         replace(folder / "study.json", json.dumps(found, indent=1).encode())
         replace(folder / "study.png", draw(protocol, found))
         replace(folder / "study.md", write(protocol, found).encode())
@@ -93,6 +103,32 @@ def _answer(part: Part, protocol: Protocol, asked: Asked, students: dict[Key, Se
             for (arm, other), of_pair in gains(right, asked, protocol.groups, part.pairs).items()
         ],
     }
+
+
+def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]]) -> dict[str, Any]:
+    """Task → layer → arm → cosine, and gain on the first arm, over seeds and held-out images."""
+    folders = {seed: runs.stage_dir(setting.config, "probe") for seed, (_, setting) in probed.items()}
+    done = [seed for seed, folder in folders.items() if runs.finished(folder)]
+    if not done:
+        return {}
+    cosines = stack_cosines([(probed[seed][0], folders[seed] / "cosines.parquet") for seed in done])
+    first = protocol.probes[0]
+    return {
+        task: {
+            layer: {
+                arm: {"cosine": _interval(of_arm[arm]), "gain": _interval(of_arm[arm] - of_arm[first])}
+                for arm in protocol.probes
+            }
+            for layer, of_arm in of_task.items()
+        }
+        for task, of_task in cosines.items()
+    }
+
+
+def _interval(values: Array) -> list[float]:
+    """Of (seeds, images)."""
+    found = two_way(values, np.arange(values.shape[1]))
+    return [found.value, found.low, found.high]
 
 
 def _plain(estimates: dict[str, Estimate]) -> dict[str, list[float]]:

@@ -43,6 +43,8 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
                 for name, of in found["baselines"].items()
             ]
         lines += _table(["accuracy", *groups], rows)
+    if found["probes"]:
+        lines += _where(protocol, found["probes"])
     seconds = [sum(of) for of in found["seconds"].values()]
     lines += ["", f"All students together took {sum(seconds) / 3600:.1f} hours, several at a time."]
     return "\n".join(lines) + "\n"
@@ -85,12 +87,35 @@ def _verdict(protocol: Protocol, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
+    """What each layer knows: a table per task, a row per arm, a column per layer."""
+    first, *others = protocol.probes
+    lines = [
+        "",
+        "## Where?",
+        "",
+        "Cosine of what a plain probe reads from a layer of the fine-tuned student to the teacher's feature, on images "
+        f"held out: of the arm “{first}”, and what others have more.",
+    ]
+    for task, layers in probed.items():
+        rows = [[first, *(f"{of_arm[first]['cosine'][0]:.3f}" for of_arm in layers.values())]]
+        for arm in others:
+            rows.append(
+                [arm, *(_bold(of_arm[arm]["gain"], "{:+.3f} [{:+.3f}, {:+.3f}]") for of_arm in layers.values())]
+            )
+        lines += ["", *_table([task, *(f"layer {layer}" for layer in layers)], rows)]
+    return lines
+
+
+def _bold(estimate: Sequence[float], form: str) -> str:
+    """An estimate and its interval, bold where that excludes 0."""
+    cell = form.format(*estimate)
+    return f"**{cell}**" if estimate[1] > 0 or estimate[2] < 0 else cell
+
+
 def _gain(gain: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
-    cells = []
-    for value, low, high in (gain[group] for group in groups):
-        cell = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
-    return [f"{gain['arm']} − {gain['to']}", *cells]
+    points = ([100 * number for number in gain[group]] for group in groups)
+    return [f"{gain['arm']} − {gain['to']}", *(_bold(of_group, "{:+.1f} [{:+.1f}, {:+.1f}]") for of_group in points)]
 
 
 def _cell(estimate: Sequence[float]) -> str:

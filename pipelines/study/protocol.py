@@ -1,6 +1,9 @@
 """The protocol as the other modules read it."""
 
+import dataclasses
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from olavlm import runs
 from olavlm.config import PipelineConfig, Section, load_pipeline
 from olavlm.errors import OlaError
 from pipelines.settings import Setting, make_setting
@@ -36,6 +40,7 @@ class Protocol(Section):
     groups: dict[str, list[str]]  # tasks by the name of a group
     primary: str  # the group that decides
     arms: dict[str, list[str]]  # overrides of the pipeline
+    probes: tuple[str, ...] = ()  # arms of the first part whose layers are probed; the first is the reference
     parts: Annotated[list[Part], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -46,6 +51,9 @@ class Protocol(Section):
             for arm in part.arms:
                 if arm not in self.arms:
                     raise ValueError(f"parts: arm {arm!r} is not defined; known: {', '.join(self.arms)}")
+        for arm in self.probes:
+            if arm not in self.parts[0].arms:
+                raise ValueError(f"probes: arm {arm!r} is none of the first part's: {', '.join(self.parts[0].arms)}")
         return self
 
     @property
@@ -85,16 +93,39 @@ def settings(protocol: Protocol, base: PipelineConfig, overrides: list[str]) -> 
         OlaError: an arm's override does not validate.
     """
     return {
-        (arm, seed): make_setting(
+        (arm, seed): _make(
+            protocol,
             base,
-            protocol.pipeline,
             overrides,
-            f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-{seed}",
-            [*protocol.arms[arm], f"seed={seed}"],
-            Path(base.run_dir) / "students",
+            f"{arm} {seed}",
+            [*protocol.arms[arm], "probe=null", "probe_tasks=null", f"seed={seed}"],
         )
         for arm, seed in protocol.students
     }
+
+
+def probes(
+    protocol: Protocol, base: PipelineConfig, overrides: list[str], students: Mapping[tuple[str, int], Setting]
+) -> dict[int, tuple[dict[str, str], Setting]]:
+    """By seed of the first part: the model of each probed arm, as ``probe.students`` has it, and the probes' setting.
+
+    All hold out the same images, and begin with the same predictors: the seed is the pipeline's own.
+    """
+    if not protocol.probes:
+        return {}
+    found = {}
+    for seed in protocol.parts[0].seeds:
+        stages = {arm: students[arm, seed].config for arm in protocol.probes}
+        models = {arm: str(runs.stage_dir(config, [*config.stages][-1]) / "model") for arm, config in stages.items()}
+        own = [f"probe.students={json.dumps([*models.values()])}", "eval=null"]
+        made = _make(protocol, base, overrides, f"probes {seed}", own)
+        found[seed] = models, dataclasses.replace(made, stages=("probe",))
+    return found
+
+
+def _make(protocol: Protocol, base: PipelineConfig, overrides: list[str], name: str, own: list[str]) -> Setting:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    return make_setting(base, protocol.pipeline, overrides, slug, own, Path(base.run_dir) / "students")
 
 
 def open_study(file: Path, overrides: list[str]) -> tuple[Protocol, PipelineConfig]:

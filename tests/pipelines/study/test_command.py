@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -20,6 +22,7 @@ arms:
   loss: []
   no loss: ["stages.pretrain.losses={{}}"]
   elsewhere: ["teachers.depth.teacher=pipelines.study.control:ShuffledDepth"]
+probes: [no loss, loss]
 parts:
   - {{question: Does it help?, seeds: [1, 2, 3], pairs: [[loss, no loss]]}}
   - {{question: Is it the picture?, seeds: [1, 2], pairs: [[elsewhere, no loss], [loss, no loss]]}}
@@ -59,6 +62,14 @@ def started(benchmark, monkeypatch):
             (folder / "cv_bench" / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             blind = dict.fromkeys(("Count", "Relation", "Depth", "Distance"), 0.5)
             (folder / "cv_bench" / "scores.json").write_text(json.dumps({"baselines": {"blind": blind}}))
+        if stage == "probe":
+            rows = [
+                {"student": student, "task": "depth", "layer": layer, "key": key, "cosine": cosine + layer / 8}
+                for student in config.probe.students
+                for key, cosine in (("a", 0.25), ("b", 0.5 if "/no-loss-" in student else 0.75))
+                for layer in (1, 2)
+            ]
+            pq.write_table(pa.Table.from_pylist(rows), folder / "cosines.parquet")
         runs.finish(folder, {})
         return 0
 
@@ -82,6 +93,8 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     assert "still to be trained" not in page
     with Image.open(tmp_path / "run" / "study.png") as figure:
         assert figure.width > 500
+    assert [name for stage, name in calls if stage == "probe"] == ["probes-1", "probes-2", "probes-3"]
+    assert "| no loss | 0.500 | 0.625 |\n| loss | +0.125 [+0.000, +0.250] | +0.125 [+0.000, +0.250] |" in page
     found = json.loads((tmp_path / "run" / "study.json").read_text())
     assert found["parts"][1]["gains"][1]["3-D"] == [1, 1, 1]
     before = list(calls)
@@ -114,6 +127,10 @@ def test_nothing_is_written_before_there_is_a_student(protocol, started, tmp_pat
         (
             ("[elsewhere, no loss]", "[elswhere, no loss]"),
             r"protocol.yaml: .*arm 'elswhere' is not defined; known: loss, ",
+        ),
+        (
+            ("probes: [no loss", "probes: [elsewhere"),
+            r"probes: arm 'elsewhere' is none of the first part's: loss, no loss",
         ),
         (("primary: 3-D", "primary: 4-D"), r"primary: group '4-D' is not defined; known: 2-D, 3-D, Depth"),
         (("seeds: [1, 2, 3]", "seeds: [1]"), r"protocol.yaml: parts.0.seeds: .*at least 2"),
