@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from transformers import (
 from featurize.__main__ import main
 from featurize.corpus.adopt import adopt
 from featurize.stage import Job, run_pipeline
+from featurize.teachers.base import Teacher
 from featurize.teachers.unclip import UnClip
 from olavlm import cli
 from olavlm.config import PipelineConfig, load_pipeline
@@ -60,8 +62,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with depth, seg and gen in the layouts of their Hugging Face repositories."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with depth, seg and gen in the layouts of their Hugging Face repositories; not to be changed.
+
+    A network is read from there once, however many runs use it: reading it takes longer than a run.
+    """
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     dinov2 = Dinov2Config(
@@ -133,7 +138,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "preprocessor_config.json").write_text(json.dumps({**statistics, "size": size}))
-    return folder
+    networks: dict[Any, torch.nn.Module] = {}
+    read = Teacher.model.func
+
+    def model(self: Teacher) -> torch.nn.Module:
+        if not self.folder.is_relative_to(folder):
+            return read(self)
+        key = type(self), self.config.model_dump_json()
+        if key not in networks:
+            networks[key] = read(self)
+        return networks[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "model", property(model))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 Run as ``python kill_points.py PIPELINE FOLDER COMMAND:EVERY …``; prints one JSON object per kill point. A command works
 on a copy of FOLDER/<command>/start, if that is there. Every run is a process of its own, forked from this one so that
-the imports are paid once. With TARGETS_URL in the environment the stores lie below that URL, and what they became is
-for the caller to see: this process must not talk to an object store before it forks.
+the imports and the teachers' weights are paid once. With TARGETS_URL in the environment the stores lie below that URL,
+and what they became is for the caller to see: this process must not talk to an object store before it forks.
 """
 
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from featurize import stage
+from featurize import stage, teachers
 from featurize.export import export
 from featurize.lifecycle import drop, find_sets, gc, withdraw_damaged
-from featurize.teachers import depth_anything, oneformer, unclip  # noqa: F401  imported here once, not in every child
-from olavlm.config import PipelineConfig, load_pipeline
+from featurize.teachers.base import Teacher
+from olavlm.config import PipelineConfig, TeacherConfig, load_pipeline
 from olavlm.data.manifest import compact
 from olavlm.data.objects import ObjectPath
 from olavlm.errors import OlaError
@@ -31,6 +31,17 @@ torch.set_num_threads(1)  # nothing below this process may have started a thread
 stage.Console = lambda **_: Console(quiet=True)
 pipeline, folder = sys.argv[1], Path(sys.argv[2])
 url = os.environ.get("TARGETS_URL")
+loaded = {teacher.teacher: teachers.load(teacher) for teacher in load_pipeline(pipeline).teachers.values()}
+for teacher in loaded.values():
+    _ = teacher.model
+
+
+def load(config: TeacherConfig, device: str = "cpu") -> Teacher:
+    """The teacher that this process has loaded."""
+    return loaded[config.teacher]
+
+
+teachers.load = load
 
 
 def repair(config: PipelineConfig) -> None:
