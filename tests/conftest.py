@@ -1,9 +1,14 @@
 """What tests of several folders need: a student small enough to answer hundreds of questions a second (what it says is
-random), and an object store."""
+random), processes that start at once, and an object store."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -73,6 +78,39 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         )
     ).save_pretrained(folder / "llm")
     return build_student(str(folder / "vision"), str(folder / "llm"), TASKS)
+
+
+@dataclass
+class Ended:
+    """What became of the processes of a job."""
+
+    codes: list[int]  # of each rank; negative: the signal that ended it
+    output: str
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Callable[..., Ended]]:
+    """Runs ``python -m MODULE …`` in real processes, several ranks at wish; see processes.py for what a job may ask."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    server = subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("processes.py"))],  # -P: beside it lies another `train`
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert server.stdin
+    assert server.stdout
+
+    def run(*argv: str, module: str = "train", ranks: int = 1, **asked: Any) -> Ended:
+        server.stdin.write(json.dumps({"module": module, "argv": argv, "ranks": ranks, **asked}, default=str) + "\n")
+        server.stdin.flush()
+        return Ended(**json.loads(server.stdout.readline()))
+
+    yield run
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
 
 
 @pytest.fixture(scope="session")

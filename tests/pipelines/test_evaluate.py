@@ -1,9 +1,7 @@
 """The evaluate stage from an exported student to its scores."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +91,16 @@ def test_two_benchmarks(config: PipelineConfig, mmstar: Path, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("student", "benchmark")
-def test_ranks_of_torchrun_share_the_questions(config: PipelineConfig, mmstar: Path, tmp_path: Path) -> None:
+def test_ranks_of_torchrun_share_the_questions(
+    config: PipelineConfig, mmstar: Path, processes: Callable[..., Any], tmp_path: Path
+) -> None:
     alone = with_mmstar(config, mmstar)
     evaluate(alone)
     (tmp_path / "several.yaml").write_text(dump(alone.model_copy(update={"run_dir": str(tmp_path / "several")})))
     (tmp_path / "several").mkdir()
     (tmp_path / "several" / "finetune").symlink_to(tmp_path / "run" / "finetune")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "pipelines", "evaluate", str(tmp_path / "several.yaml")),
-        ],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    ended = processes("evaluate", tmp_path / "several.yaml", module="pipelines", ranks=2)
+    assert ended.codes == [0, 0], ended.output
     for name in ("cv_bench/replies.jsonl", "cv_bench/scores.json", "mmstar/replies.jsonl", "mmstar/scores.json"):
         ours, theirs = (Path(tmp_path) / run / "evaluate" / name for run in ("run", "several"))
         assert theirs.read_bytes() == ours.read_bytes()

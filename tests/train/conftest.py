@@ -1,10 +1,7 @@
 """A pipeline small enough to train in seconds: packed corpora, random targets in a real store, a tiny student."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,39 +94,6 @@ def own_world(_shared_world: World, tmp_path: Path) -> World:
 @pytest.fixture(scope="session")
 def commit() -> Callable[..., TargetSet]:
     return commit_targets
-
-
-@dataclass
-class Ended:
-    """What became of the processes of a job."""
-
-    codes: list[int]  # of each rank; negative: the signal that ended it
-    output: str
-
-
-@pytest.fixture(scope="session")
-def processes() -> Iterator[Callable[..., Ended]]:
-    """Runs ``python -m train …`` in real processes, several ranks at wish; see processes.py for what a job may ask."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("processes.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert server.stdin
-    assert server.stdout
-
-    def run(*argv: str, ranks: int = 1, **asked: Any) -> Ended:
-        server.stdin.write(json.dumps({"argv": argv, "ranks": ranks, **asked}, default=str) + "\n")
-        server.stdin.flush()
-        return Ended(**json.loads(server.stdout.readline()))
-
-    yield run
-    server.stdin.close()
-    server.wait()
-    server.stdout.close()
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Baselines as configuration: a student that is fed features, one without embedding losses, any subset of tasks."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,16 +122,13 @@ def test_promise_5_resumable_micro_batches_agree_when_features_are_fed(world: An
         torch.testing.assert_close(grad, cut[1][name], rtol=2e-5, atol=2e-5)
 
 
-def test_two_ranks_feed_as_one(world: Any, tmp_path: Path) -> None:
+def test_two_ranks_feed_as_one(world: Any, processes: Callable[..., Any], tmp_path: Path) -> None:
     """Sharded, in a global batch whose last micro-batches are text only or missing."""
     settings = [*FED, "stages.pretrain.max_steps=2", "stages.pretrain.global_batch=22", "stages.pretrain.micro_batch=2"]
     run(world.config(f"run_dir={tmp_path}/one", *settings), "pretrain")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     overrides = [f"run_dir={tmp_path}/two", *settings, "stages.pretrain.fully_shard=true"]
-    ranks = subprocess.run(
-        [*launcher, "-m", "train", "pretrain", str(world.file), *overrides], capture_output=True, text=True, check=False
-    )
-    assert ranks.returncode == 0, ranks.stderr[-3000:]
+    ended = processes("pretrain", world.file, *overrides, ranks=2)
+    assert ended.codes == [0, 0], ended.output
     one, two = (weights(tmp_path / name / "pretrain") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

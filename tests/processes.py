@@ -1,10 +1,11 @@
-"""Helper of test_kill: real processes that run ``python -m train``, forked from one that has imported it all once.
+"""Helper of tests: real processes that run a command of ours, forked from one that has imported it all once.
 
 Every line on stdin is a job, every line on stdout its answer: the exit code of each rank (negative: the signal that
 ended it) and what they printed. A job is a JSON object:
 
-    argv    of `python -m train`
-    ranks   how many processes train together, over gloo
+    module  what `python -m` runs: "train" or "pipelines"
+    argv    its arguments
+    ranks   how many processes work together, over gloo
     stop    [moment, number, signal]: the process sends itself the signal at its number-th such moment (from 1):
             "step" (before the forward pass), "gradients" (before they are applied), "update" (after they were),
             "disk" (before a name appears, changes or goes in the file system)
@@ -24,11 +25,18 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+import pipelines.__main__
+import pipelines.evaluate
+import train.__main__
 from olavlm import cli
-from train import __main__ as command
 from train import metrics, stage
 
+# What every child would do again: importing what is imported late, and compiling transformers' thousand patterns.
+get_checkpoint_conversion_mapping("llava")
+COMMANDS = {"train": train.__main__.main, "pipelines": pipelines.__main__.main}
 torch.set_num_threads(1)  # nothing below this process may have started a thread pool when it forks
 
 
@@ -44,7 +52,7 @@ def before(owner: Any, name: str, act: Any) -> None:
 
 
 def install(job: dict[str, Any], rank: int) -> None:
-    """What the job asks for besides training."""
+    """What the job asks for besides its command."""
     if "stop" in job:
         moment, left, number = job["stop"]
 
@@ -92,10 +100,10 @@ def fork(job: dict[str, Any], rank: int, port: int, output: int) -> int:
         os.dup2(output, 2)
         if job["ranks"] > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         install(job, rank)
-        sys.argv = ["train", *job["argv"]]
-        code = cli.run(command.main)
+        sys.argv = [job["module"], *job["argv"]]
+        code = cli.run(COMMANDS[job["module"]])
     except BaseException:
         traceback.print_exc()
     finally:
