@@ -172,7 +172,7 @@ class RayPool:
             return
         self._own = _OwnFolder()
         self._ray.init(
-            num_cpus=max(os.cpu_count() or 1, self._settings.workers),
+            num_cpus=self._settings.workers,  # Ray starts as many processes ahead
             include_dashboard=False,
             _temp_dir=str(self._own.path),
             **quiet,

@@ -43,7 +43,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("OLAVLM_FAULTS", str(folder))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
         started = ray.init(
-            num_cpus=4,
+            num_cpus=3,  # so many workers are started ahead, and as many are used
             include_dashboard=False,
             object_store_memory=100_000_000,
             log_to_driver=False,
@@ -157,6 +157,7 @@ def test_promise_2_atomic_a_disk_that_is_really_full(
         assert caught.value.errno == errno.ENOSPC
         assert list(disk.rglob(".*.tmp")) == []
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        config = world.config(tmp_path / "run", f"data.all.targets={disk}/targets")
         run_pipeline(config)
         assert list(verify(config)) == []
         assert tree(disk / "targets") == tree(unbroken / "targets")
@@ -198,6 +199,7 @@ def test_promise_8_nothing_lost_poisoned_tars_nan_and_memory_that_comes_back(
     for tar, content in right.items():
         tar.write_bytes(content)
     (faults / "nan").unlink()
+    config = world.config(tmp_path / "night", *overrides)
     summary = run_pipeline(config, retry_failed=True)
     assert summary["failed"] == 3  # the truncated images
     assert list(verify(config)) == []
