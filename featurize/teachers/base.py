@@ -2,6 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -232,19 +233,19 @@ def weights_hash(folder: Path) -> str:
     Raises:
         OlaError: no safetensors there, or a torn file.
     """
-    where: dict[str, Path] = {}
     total = blake2b(digest_size=16)
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise OlaError(f"{file}: torn or no safetensors file ({_first_line(error)}); fetch it again") from None
-    for name in sorted(where):
-        with safe_open(where[name], "pt") as opened:
-            tensor = opened.get_tensor(name)
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    with ExitStack() as files:  # open until the end: to open one is to parse the list of all its tensors
+        where: dict[str, Any] = {}
+        for file in weight_files(folder):
+            try:
+                opened = files.enter_context(safe_open(file, "pt"))
+            except SafetensorError as error:
+                raise OlaError(f"{file}: torn or no safetensors file ({_first_line(error)}); fetch it again") from None
+            where |= dict.fromkeys(opened.keys(), opened)
+        for name in sorted(where):
+            tensor = where[name].get_tensor(name)
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
