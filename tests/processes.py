@@ -13,6 +13,7 @@ ended it) and what they printed. A job is a JSON object:
     seen    a folder; every rank appends the samples of every step to a file in it
 """
 
+import gc
 import json
 import os
 import resource
@@ -36,6 +37,7 @@ from train import metrics, stage
 
 # What every child would do again: importing what is imported late, and compiling transformers' thousand patterns.
 get_checkpoint_conversion_mapping("llava")
+gc.freeze()  # a child that collects garbage would copy every page it looks at
 COMMANDS = {"train": train.__main__.main, "pipelines": pipelines.__main__.main}
 torch.set_num_threads(1)  # nothing below this process may have started a thread pool when it forks
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from gc import freeze
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def load(config: TeacherConfig, device: str = "cpu") -> Teacher:
 
 
 teachers.load = load
+freeze()  # a child that collects garbage would copy every page it looks at
 
 
 def repair(config: PipelineConfig) -> None:
