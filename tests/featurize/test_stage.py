@@ -235,7 +235,7 @@ def test_promise_3_once_a_killed_ray_worker_is_replaced_and_the_store_is_the_sam
     stop = threading.Event()
 
     def kill_the_first() -> None:
-        while not killed and not stop.is_set():
+        while not killed and not stop.wait(0.005):
             for lease in tmp_path.glob("targets/*/leases/[!.]*"):
                 try:
                     killed.append(int(lease.read_text().split()[1]))
