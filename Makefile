@@ -82,8 +82,8 @@ study: setup  ## many students by a protocol fixed beforehand: tables, a figure,
 codecs: setup  ## what storing targets in fewer bits costs, and what it does to a student
 	$(RUN) -m pipelines codecs $(ARGS)
 
-test: setup  ## the tests, two files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: setup  ## the tests, three files at a time
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## ruff, mypy, import-linter
 	$(RUN) -m ruff check .

@@ -80,6 +80,14 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return build_student(str(folder / "vision"), str(folder / "llm"), TASKS)
 
 
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    """What torch makes is float32 after every test as before it: transformers changes that while it reads weights."""
+    yield
+    left, _ = torch.get_default_dtype(), torch.set_default_dtype(torch.float32)
+    assert left == torch.float32
+
+
 @dataclass
 class Ended:
     """What became of the processes of a job."""

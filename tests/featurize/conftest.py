@@ -1,5 +1,6 @@
 """A tiny world: adopted tars with every kind of sample, teachers of the real architectures with random weights."""
 
+import copy
 import io
 import json
 import shutil
@@ -147,7 +148,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         key = type(self), self.config.model_dump_json()
         if key not in networks:
             networks[key] = read(self)
-        return networks[key]
+        if "model" not in self.__dict__:  # its own: a teacher may move its network, or change it
+            self.__dict__["model"] = copy.deepcopy(networks[key])
+        own: torch.nn.Module = self.__dict__["model"]
+        return own
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Teacher, "model", property(model))

@@ -221,7 +221,11 @@ def test_ctrl_c_ends_it(desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pyt
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(app_module, "Server", Heard)
-    app_module.app(Path("model"), None, None, "127.0.0.1", 0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+    try:
+        app_module.app(Path("model"), None, None, "127.0.0.1", 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     (address,) = addresses
     assert capsys.readouterr().out == f"http://127.0.0.1:{address[1]}/  (Ctrl-C ends it)\n\n"
     with pytest.raises(ConnectionRefusedError):

@@ -44,7 +44,7 @@ def test_replies_scores_and_baselines(
     assert result["baselines"]["blind"]["3D"] == pytest.approx((0.55 + 0.5) / 2)
     assert json.loads((folder.parent / "done.json").read_text())["questions"] == 24
     assert "overall" in capsys.readouterr().out
-    assert "Raw replies" in report(config).read_text()
+    assert lines[0]["reply"] in report(config).read_text()
 
 
 @pytest.mark.usefixtures("student", "benchmark")
