@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         key = type(self), self.config.model_dump_json()
         if key not in networks:
             networks[key] = read(self)
-        if "model" not in self.__dict__:  # its own: a teacher may move its network, or change it
-            self.__dict__["model"] = copy.deepcopy(networks[key])
-        own: torch.nn.Module = self.__dict__["model"]
-        return own
+        return copy.deepcopy(networks[key])  # a teacher may move its network, or change it
 
+    once = cached_property(model)
+    once.__set_name__(Teacher, "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "model", property(model))
+        patch.setattr(Teacher, "model", once)
         yield folder
 
 

@@ -93,7 +93,7 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     assert "still to be trained" not in page
     with Image.open(tmp_path / "run" / "study.png") as figure:
         assert figure.width > 500
-    assert [name for stage, name in calls if stage == "probe"] == ["probes-1", "probes-2", "probes-3"]
+    assert sorted(name for stage, name in calls if stage == "probe") == ["probes-1", "probes-2", "probes-3"]
     assert "| no loss | 0.500 | 0.625 |\n| loss | +0.125 [+0.000, +0.250] | +0.125 [+0.000, +0.250] |" in page
     found = json.loads((tmp_path / "run" / "study.json").read_text())
     assert found["parts"][1]["gains"][1]["3-D"] == [1, 1, 1]
