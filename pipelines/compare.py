@@ -19,10 +19,11 @@ from olavlm import runs
 from olavlm.data import atomic
 from olavlm.errors import OlaError
 from olavlm.eval.benchmarks import BENCHMARKS
+from olavlm.eval.bootstrap import Estimate
 from olavlm.eval.cv_bench import Question
 from pipelines import figures
 from pipelines.beside import STAGES, layers
-from pipelines.intervals import Interval, paired, paired_mean, wilson
+from pipelines.intervals import paired, paired_mean, wilson
 from pipelines.page import render
 from pipelines.replies import outcome
 from pipelines.results import duration, read_json, read_lines, read_replies
@@ -164,10 +165,10 @@ def _merged(found: Sequence[Run], file: str, *shared: str) -> dict[str, Any]:
     return merged
 
 
-def _probe_gains(found: Sequence[Run]) -> dict[str, dict[str, Interval]]:
+def _probe_gains(found: Sequence[Run]) -> dict[str, dict[str, Estimate]]:
     """By run and task how much closer its probes come than the first run's, on the same held-out images."""
     first, *others = ((run, _cosines(run)) for run in found)
-    gains: dict[str, dict[str, Interval]] = {}
+    gains: dict[str, dict[str, Estimate]] = {}
     for run, cosines in others:
         tasks = {task: of for task, of in cosines.items() if of.keys() & first[1].get(task, {}).keys()}
         gains |= {run.name: {task: paired_mean(first[1][task], of) for task, of in tasks.items()}} if tasks else {}
@@ -199,7 +200,7 @@ def _benchmark(key: str, found: Sequence[Run]) -> dict[str, Any]:
     intervals = {name: {row: wilson(cell) for row, cell in of["scores"].items() if cell} for name, of in scored.items()}
     baselines = next(iter(scored.values()))["baselines"]
     first, *others = ((run.name, read_replies(run.folder / "evaluate" / key)) for run in found if run.name in scored)
-    gains: dict[str, dict[str, Interval]] = {}
+    gains: dict[str, dict[str, Estimate]] = {}
     unpaired = []
     for name, lines in others:
         questions = _same_questions(first[1], lines)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipelines.intervals import Interval
+from olavlm.eval.bootstrap import Estimate
 
 #: Mid-tones that stand out from white and from black, also for colour-blind eyes (after Okabe and Ito).
 COLORS = ("#2b7fc3", "#dd7a1f", "#1f9e78", "#b765ad", "#c9a200", "#d9534f", "#5aaed6", "#8a8a8a")
@@ -123,7 +123,7 @@ class Panel:
     """Values by layer: a curve per student between the ends of its intervals, and levels that no layer changes."""
 
     title: str
-    curves: dict[str, Mapping[str, Mapping[str, float]]]  # student → layer → mean (or value), and low and high
+    curves: dict[str, Mapping[str, Mapping[str, float]]]  # student → layer → value, and low and high if known
     levels: dict[str, float]
     taught: Sequence[int] = ()  # layers that carried an embedding loss; marked
 
@@ -139,7 +139,7 @@ def probe_curves(probe: Mapping[str, Any], taught: Mapping[str, Sequence[int]]) 
         Panel(
             task,
             {name: tasks[task] for name, tasks in probe["students"].items() if task in tasks},
-            {"mean target": floor["mean"]},
+            {"mean target": floor["value"]},
             taught.get(task, ()),
         )
         for task, floor in probe["floor"].items()
@@ -178,7 +178,7 @@ def layer_curves(title: str, panels: Sequence[Panel], ylabel: str) -> str:
                 axes.axvspan(layer - 0.18, layer + 0.18, color="#888888", alpha=0.15, lw=0)
             for name, by_layer in panel.curves.items():
                 points = sorted((int(layer), cell) for layer, cell in by_layer.items())
-                layers, values = [layer for layer, _ in points], [middle(cell) for _, cell in points]
+                layers, values = [layer for layer, _ in points], [cell["value"] for _, cell in points]
                 color, style = (colors[name], "-") if name in colors else ("#8a8a8a", "--")
                 axes.plot(layers, values, style, color=color, marker="o", markersize=4, label=name)
                 ends = [(layer, cell["low"], cell["high"]) for layer, cell in points if "low" in cell]
@@ -198,7 +198,7 @@ def layer_curves(title: str, panels: Sequence[Panel], ylabel: str) -> str:
 
 def score_dots(
     title: str,
-    students: Mapping[str, Mapping[str, Interval]],
+    students: Mapping[str, Mapping[str, Estimate]],
     baselines: Mapping[str, Mapping[str, float]],
     rows: Sequence[str],
 ) -> str:
@@ -221,7 +221,9 @@ def score_dots(
                 axes.plot(*zip(*points, strict=True), marker, color=color, ms=6, mew=1.6, label=name, clip_on=False)
         for lane, (color, (name, cells)) in enumerate(zip(itertools.cycle(COLORS), students.items(), strict=False)):
             found = [(y - 0.5 + (lane + 0.5) / lanes, cells[row]) for y, row in enumerate(shown) if row in cells]
-            means, lows, highs = (np.array([100 * cell[key] for _, cell in found]) for key in ("mean", "low", "high"))
+            means, lows, highs = (
+                np.array([100 * getattr(cell, end) for _, cell in found]) for end in ("value", "low", "high")
+            )
             ends = [means - lows, highs - means]
             axes.errorbar(means, [y for y, _ in found], xerr=ends, fmt="o", color=color, capsize=3, ms=5, label=name)
         for y in range(1, len(shown)):
@@ -232,15 +234,10 @@ def score_dots(
         axes.grid(axis="y", visible=False)
         _legend(figure, [axes])
         said = [
-            f"{name}: " + ", ".join(f"{row} {cells[row]['mean']:.1%}" for row in shown if row in cells)
+            f"{name}: " + ", ".join(f"{row} {cells[row].value:.1%}" for row in shown if row in cells)
             for name, cells in students.items()
         ]
         return _svg(figure, f"{title} accuracies. {'; '.join(said)}")
-
-
-def middle(cell: Mapping[str, float]) -> float:
-    """The estimate of a probe's cell, which calls it mean, or of a probe task's, which calls it value."""
-    return cell["mean"] if "mean" in cell else cell["value"]
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:

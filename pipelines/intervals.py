@@ -3,27 +3,18 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 import numpy as np
 
 from olavlm.eval.benchmarks import Benchmark
-from olavlm.eval.bootstrap import bootstrap_mean
+from olavlm.eval.bootstrap import Estimate, bootstrap_mean
 from olavlm.eval.cv_bench import Cell, Question
 
 _Z = 1.959964  # standard normal, 97.5 %
 RESAMPLES = 10_000
 
 
-class Interval(TypedDict):
-    """An estimate between the ends of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def wilson(cell: Cell) -> Interval:
+def wilson(cell: Cell) -> Estimate:
     """An accuracy with Wilson's score interval (Wilson 1927), which stays in [0, 1] and has a width at 0 and 1, too.
 
     A mean of accuracies, as CV-Bench's overall, gets that of the number of questions at which its standard error would
@@ -33,12 +24,12 @@ def wilson(cell: Cell) -> Interval:
     n = share * (1 - share) / stderr**2 if stderr else cell["n"]
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
-    return {"mean": share, "low": min(max(centre - half, 0.0), share), "high": max(min(centre + half, 1.0), share)}
+    return Estimate(share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share))
 
 
 def paired(
     benchmark: Benchmark, questions: Sequence[Question], first: Mapping[str, bool], second: Mapping[str, bool]
-) -> dict[str, Interval]:
+) -> dict[str, Estimate]:
     """How much better the second student is than the first, question by question, by the benchmark's rows.
 
     A paired bootstrap: questions are resampled with both students' replies, `RESAMPLES` times, within the parts that
@@ -65,15 +56,14 @@ def paired(
     return {row: _percentiles(estimates[row], samples[row]) for row in benchmark.expected(questions, _all(questions))}
 
 
-def paired_mean(first: Mapping[str, float], second: Mapping[str, float]) -> Interval:
+def paired_mean(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate:
     """The mean of second − first over the keys that both have, by a bootstrap of these differences."""
-    found = bootstrap_mean([second[key] - first[key] for key in sorted(first.keys() & second.keys())])
-    return {"mean": found.value, "low": found.low, "high": found.high}
+    return bootstrap_mean([second[key] - first[key] for key in sorted(first.keys() & second.keys())])
 
 
-def _percentiles(mean: float, samples: np.ndarray) -> Interval:
+def _percentiles(value: float, samples: np.ndarray) -> Estimate:
     low, high = np.percentile(samples, [2.5, 97.5])
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
+    return Estimate(float(value), float(low), float(high))
 
 
 def _all(questions: Sequence[Question]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """One self-contained page about a run, from whatever stages are there: ``runs/<pipeline>/report.html``."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def _cards(config: PipelineConfig, result: dict[str, Any]) -> Iterator[dict[str,
             blind = {b: rows[row] for b, rows in found["baselines"].items() if b in SEE_NOTHING and row in rows}
             others = ", ".join(f"{b} {accuracy:.1%}" for b, accuracy in blind.items())
             ends = wilson(cell)
-            note = f"95 % interval {100 * ends['low']:.1f} to {ends['high']:.1%}, n = {cell['n']:,}; {others}"
+            note = f"95 % interval {100 * ends.low:.1f} to {ends.high:.1%}, n = {cell['n']:,}; {others}"
             yield {"value": f"{cell['accuracy']:.1%}", "label": f"{BENCHMARKS[key].title} {row}", "note": note}
     if done := [stage for stage in result["stages"].values() if stage]:
         peak = max(stage["peak_memory_gib"] for stage in done)
@@ -114,7 +115,7 @@ def _benchmark(key: str, found: dict[str, Any], tasks: Sequence[Task]) -> dict[s
     return {
         "title": benchmark.title,
         "figure": Markup(figures.score_dots(benchmark.title, {"student": intervals}, baselines, benchmark.rows)),
-        "scores": {row: cell | intervals[row] for row, cell in scores.items() if cell},
+        "scores": {row: cell | asdict(intervals[row]) for row, cell in scores.items() if cell},
         "links": {task.name: task.id for task in tasks if task.benchmark == key},
         "gaps": {benchmark.rows[0], "micro", benchmark.tasks[-1]},  # rows with room behind them
         "baselines": baselines,

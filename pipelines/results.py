@@ -13,8 +13,9 @@ from olavlm.cli import human_bytes
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.eval.benchmarks import BENCHMARKS
+from olavlm.eval.bootstrap import Estimate
 from olavlm.provenance import provenance
-from pipelines.intervals import Interval, wilson
+from pipelines.intervals import wilson
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -83,9 +84,9 @@ def print_summary(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def spoken(share: Interval) -> str:
+def spoken(share: Estimate) -> str:
     """A share with its 95 % interval, for people."""
-    return f"{share['mean']:.1%} ({100 * share['low']:.1f} to {share['high']:.1%})"
+    return f"{share.value:.1%} ({100 * share.low:.1f} to {share.high:.1%})"
 
 
 def duration(seconds: float) -> str:
@@ -118,9 +119,9 @@ def _probe(probe: dict[str, Any]) -> dict[str, Any]:
     students = probe.get("students", {})
     return {
         task: {
-            "floor": floor["mean"],
+            "floor": floor["value"],
             "students": {
-                name: fmean(cell["mean"] for cell in tasks[task].values())
+                name: fmean(cell["value"] for cell in tasks[task].values())
                 for name, tasks in students.items()
                 if tasks.get(task)
             },

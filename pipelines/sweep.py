@@ -132,7 +132,7 @@ def _metrics(config: PipelineConfig) -> tuple[Metrics, Metrics]:
         values |= {f"{stage} {key}": value for key, value in final.items() if key in ("loss", "text")}
     probed = read_json(runs.stage_dir(config, "probe") / "probe.json").get("students", {})
     if config.probe and (last := probed.get(config.probe.students[-1])):
-        values |= {f"probe {task}": fmean(cell["mean"] for cell in of.values()) for task, of in last.items()}
+        values |= {f"probe {task}": fmean(cell["value"] for cell in of.values()) for task, of in last.items()}
     for key, benchmark in BENCHMARKS.items():
         scores = read_json(runs.stage_dir(config, "evaluate") / key / "scores.json").get("scores", {})
         for row in benchmark.rows:

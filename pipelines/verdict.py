@@ -30,7 +30,7 @@ def verdict(result: dict[str, Any], key: str) -> str | None:
         f"{BENCHMARKS[key].title} {row}: {spoken(wilson(cell))}. "
         f"The best baseline that sees no picture, {name}: {best:.1%}."
     )
-    if wilson(cell)["low"] <= best:
+    if wilson(cell).low <= best:
         return said + " This run does not show that the student looks at the picture."
     return f"{said}{_sees_depth(found)} One run of one seed: comparing students takes several."
 
@@ -43,4 +43,4 @@ def _sees_depth(found: dict[str, Any]) -> str:
         return ""
     name, best = max(cues.items(), key=lambda baseline: baseline[1])
     said = f" 3-D questions: {spoken(wilson(cell))}; the best of the cues that are not depth, {name}: {best:.1%}."
-    return said if wilson(cell)["low"] > best else said + " This does not show that it sees depth."
+    return said if wilson(cell).low > best else said + " This does not show that it sees depth."

@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -109,7 +109,7 @@ def probe(config: PipelineConfig) -> None:
         known = [of.filter(pc.is_in(of["student"], pa.array([*result["students"]], pa.string()))) for of in rows]
         replace(table, _parquet(pa.concat_tables([*known, found.cosines])))
         result["students"][name] = _means(found.cosines)
-        result["floor"] = {task: _cell(bootstrap_mean(values)) for task, values in found.floor.items()}
+        result["floor"] = {task: asdict(bootstrap_mean(values)) for task, values in found.floor.items()}
         result |= {"held_out": found.held_out, "resamples": RESAMPLES, "level": LEVEL}
         replace(file, json.dumps(result, indent=2).encode())  # last: a student that it does not name is probed again
     _print(result, pq.read_table(table))
@@ -399,12 +399,8 @@ def _means(cosines: pa.Table) -> dict[str, dict[str, dict[str, float]]]:
     means: dict[str, dict[str, dict[str, float]]] = {}
     for task, layer in _cells(cosines):
         values = cosines.filter((pc.field("task") == task) & (pc.field("layer") == layer))["cosine"].to_numpy()
-        means.setdefault(task, {})[str(layer)] = _cell(bootstrap_mean(values))
+        means.setdefault(task, {})[str(layer)] = asdict(bootstrap_mean(values))
     return means
-
-
-def _cell(estimate: Estimate) -> dict[str, float]:
-    return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def _cells(cosines: pa.Table) -> list[tuple[str, int]]:
@@ -432,11 +428,11 @@ def _print(result: dict[str, Any], cosines: pa.Table) -> None:
     """One table per task: a row per layer, the students side by side, then what each has more than the first."""
     first, *others = result["students"]
     for task, floor in result["floor"].items():
-        title = f"{task}: cosine to the target, {LEVEL:.0%} interval (mean target: {Estimate(*floor.values())})"
+        title = f"{task}: cosine to the target, {LEVEL:.0%} interval (mean target: {Estimate(**floor)})"
         columns = ["layer", first, *others, *(f"{name} − {first}" for name in others)]
         table = Table(*columns, title=title, box=SIMPLE, padding=(0, 1, 0, 0))
         for layer in result["students"][first][task]:
-            means = [Estimate(*of[task][layer].values()) for of in result["students"].values()]
+            means = [Estimate(**of[task][layer]) for of in result["students"].values()]
             more = [paired(cosines, name, first, task, int(layer)) for name in others]
             table.add_row(layer, *map(str, means), *map(str, more))
         Console().print(table)

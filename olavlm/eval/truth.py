@@ -23,7 +23,7 @@ from olavlm.errors import OlaError
 Array = NDArray[Any]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_MILLIMETRES = 1000
+MILLIMETRES = 1000
 _ORIENTATION = 0x0112  # EXIF: from 5 on, width and height are exchanged
 
 
@@ -101,7 +101,7 @@ def read_labels(file: Path, known: set[int], ignore: int) -> Array:
 
 def read_depths(file: Path) -> Array:
     """A depth map (H, W) float64 in metres, 0 where unknown. Raises as `read_labels`."""
-    return _read(file).astype(np.float64) / _MILLIMETRES
+    return _read(file).astype(np.float64) / MILLIMETRES
 
 
 def image_size(file: Path) -> tuple[int, int]:

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from olavlm.data.folder import new_folder
+from olavlm.eval.truth import MILLIMETRES
 from pipelines.demo_world.processes import render_split
 from pipelines.demo_world.scenes import LEVELS
 
 PAIRS = 8  # of points in an image, at most
 TRIED = 400  # pairs drawn for them
 APART = 1.1  # ratio of their depths, at least: people must be able to tell
-_MILLIMETRES = 1000
 
 Rng = np.random.Generator
 
@@ -40,7 +40,7 @@ def write_truth(out: Path, scenes: int, seed: int, level: str, workers: int = 2)
             name = f"{index:06d}.png"
             Image.fromarray(rendering.image).save(folder / "images" / name)
             Image.fromarray(rendering.semantic().astype(np.uint8)).save(folder / "labels" / name)
-            millimetres = (rendering.depth * _MILLIMETRES).round().clip(0, 2**16 - 1).astype(np.uint16)
+            millimetres = (rendering.depth * MILLIMETRES).round().clip(0, 2**16 - 1).astype(np.uint16)
             Image.fromarray(millimetres).save(folder / "depths" / name)
             rng = np.random.Generator(np.random.PCG64([scene.seed, 3]))
             if found := pairs(rendering.depth, rng):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class MapMeasures:
 
 def as_cell(estimate: Estimate, n: int) -> Cell:
     """An estimate over n images, as it is written."""
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": n}
+    return {**asdict(estimate), "n": n}
 
 
 def chunks(files: Sequence[Path], size: int, what: str) -> Iterator[list[Path]]:

@@ -1,6 +1,7 @@
 """``python -m pipelines study``: train what is missing, then say what has been found so far."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def study(file: Path, overrides: list[str], jobs: int) -> int:
     if any(_finished(setting) for setting in students.values()):
         folder = Path(base.run_dir)
         found = collect(protocol, base, students) | {"probes": _probes(protocol, probed)}
-        replace(folder / "study.json", json.dumps(found, indent=1).encode())
+        replace(folder / "study.json", json.dumps(found, indent=1, default=asdict).encode())
         replace(folder / "study.png", draw(protocol, found))
         replace(folder / "study.md", write(protocol, found).encode())
         console.print(str(folder / "study.md"))
@@ -97,9 +98,9 @@ def _answer(part: Part, protocol: Protocol, asked: Asked, students: dict[Key, Se
         return answered | {"accuracy": {}, "gains": []}
     right = {arm: asked.stack(_evaluated(students[arm, seed]) / "replies.jsonl" for seed in seeds) for arm in part.arms}
     return answered | {
-        "accuracy": {arm: _plain(of_arm) for arm, of_arm in accuracies(right, asked, protocol.groups).items()},
+        "accuracy": accuracies(right, asked, protocol.groups),
         "gains": [
-            {"arm": arm, "to": other, **_plain(of_pair)}
+            {"arm": arm, "to": other, **of_pair}
             for (arm, other), of_pair in gains(right, asked, protocol.groups, part.pairs).items()
         ],
     }
@@ -116,7 +117,7 @@ def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]
     return {
         task: {
             layer: {
-                arm: {"cosine": _interval(of_arm[arm]), "gain": _interval(of_arm[arm] - of_arm[first])}
+                arm: {"cosine": _mean(of_arm[arm]), "gain": _mean(of_arm[arm] - of_arm[first])}
                 for arm in protocol.probes
             }
             for layer, of_arm in of_task.items()
@@ -125,15 +126,9 @@ def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]
     }
 
 
-def _interval(values: Array) -> list[float]:
+def _mean(cosines: Array) -> Estimate:
     """Of (seeds, images)."""
-    found = two_way(values, np.arange(values.shape[1]))
-    return [found.value, found.low, found.high]
-
-
-def _plain(estimates: dict[str, Estimate]) -> dict[str, list[float]]:
-    """Group → value and the ends of its interval, for JSON."""
-    return {group: [estimate.value, estimate.low, estimate.high] for group, estimate in estimates.items()}
+    return two_way(cosines, np.arange(cosines.shape[1]))
 
 
 def _expected(asked: Asked, rows: dict[str, float], tasks: list[str]) -> float:

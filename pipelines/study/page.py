@@ -6,8 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from olavlm.eval.bootstrap import Estimate
 from pipelines.figures import COLORS
 from pipelines.study.protocol import Protocol
+
+_GAIN = "{:+.1f} [{:+.1f}, {:+.1f}]"
 
 
 def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
@@ -35,8 +38,15 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
         lines += ["", f"## {part['question']}", "", f"{len(part['planned'])} seeds{left}.", ""]
         if not part["gains"]:
             continue
-        lines += [*_table(["gain", *groups], [_gain(gain, groups) for gain in part["gains"]]), ""]
-        rows = [[arm, *(_cell(of[group]) for group in groups)] for arm, of in part["accuracy"].items()]
+        gains = [
+            [f"{gain['arm']} − {gain['to']}", *(_said(_percent(gain[group]), _GAIN, bold=True) for group in groups)]
+            for gain in part["gains"]
+        ]
+        lines += [*_table(["gain", *groups], gains), ""]
+        rows = [
+            [arm, *(_said(_percent(of[group]), "{:.1f} [{:.1f}, {:.1f}]") for group in groups)]
+            for arm, of in part["accuracy"].items()
+        ]
         if part is found["parts"][0]:
             rows += [
                 [f"*{name}*", *(f"{100 * of[group]:.1f}" for group in groups)]
@@ -59,9 +69,9 @@ def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group, color in zip(panels, groups, COLORS, strict=False):
         for row, gain in enumerate(gains):
-            value, low, high = (100 * number for number in gain[group])
-            axes.plot([low, high], [row, row], color=color, linewidth=2)
-            axes.plot(value, row, "o", color=color)
+            points = _percent(gain[group])
+            axes.plot([points.low, points.high], [row, row], color=color, linewidth=2)
+            axes.plot(points.value, row, "o", color=color)
         axes.axvline(0, color="#888888", linewidth=0.8)
         axes.set(title=f"{group} questions", xlabel="gain, percentage points", yticks=range(len(names)))
         axes.set_yticklabels(names)
@@ -78,18 +88,19 @@ def _verdict(protocol: Protocol, found: Mapping[str, Any]) -> list[str]:
     if not first["gains"]:
         return ["**Not answered yet**: fewer than two seeds are finished."]
     gain = first["gains"][0]
-    value, low, high = gain[protocol.primary]
-    verdict = "it helps" if low > 0 else "it harms" if high < 0 else "not shown to help or to harm"
+    points = gain[protocol.primary]
+    verdict = "it helps" if points.low > 0 else "it harms" if points.high < 0 else "not shown to help or to harm"
     seeds = f"{len(first['seeds'])} of {len(first['planned'])} seeds"
     return [
         f"**Primary question**, {gain['arm']} against {gain['to']} on {protocol.primary} questions, {seeds}: "
-        f"{100 * value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]: **{verdict}**."
+        f"{_said(_percent(points), _GAIN)} points: **{verdict}**."
     ]
 
 
 def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
     """What each layer knows: a table per task, a row per arm, a column per layer."""
     first, *others = protocol.probes
+    gain = "{:+.3f} [{:+.3f}, {:+.3f}]"
     lines = [
         "",
         "## Where?",
@@ -98,29 +109,21 @@ def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
         f"held out: of the arm “{first}”, and what others have more.",
     ]
     for task, layers in probed.items():
-        rows = [[first, *(f"{of_arm[first]['cosine'][0]:.3f}" for of_arm in layers.values())]]
+        rows = [[first, *(f"{of_arm[first]['cosine'].value:.3f}" for of_arm in layers.values())]]
         for arm in others:
-            rows.append(
-                [arm, *(_bold(of_arm[arm]["gain"], "{:+.3f} [{:+.3f}, {:+.3f}]") for of_arm in layers.values())]
-            )
+            rows.append([arm, *(_said(of_arm[arm]["gain"], gain, bold=True) for of_arm in layers.values())])
         lines += ["", *_table([task, *(f"layer {layer}" for layer in layers)], rows)]
     return lines
 
 
-def _bold(estimate: Sequence[float], form: str) -> str:
-    """An estimate and its interval, bold where that excludes 0."""
-    cell = form.format(*estimate)
-    return f"**{cell}**" if estimate[1] > 0 or estimate[2] < 0 else cell
+def _said(estimate: Estimate, form: str, *, bold: bool = False) -> str:
+    """An estimate and its interval; bold, if that is asked for, where it excludes 0."""
+    cell = form.format(estimate.value, estimate.low, estimate.high)
+    return f"**{cell}**" if bold and (estimate.low > 0 or estimate.high < 0) else cell
 
 
-def _gain(gain: Mapping[str, Any], groups: Sequence[str]) -> list[str]:
-    points = ([100 * number for number in gain[group]] for group in groups)
-    return [f"{gain['arm']} − {gain['to']}", *(_bold(of_group, "{:+.1f} [{:+.1f}, {:+.1f}]") for of_group in points)]
-
-
-def _cell(estimate: Sequence[float]) -> str:
-    value, low, high = estimate
-    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _percent(estimate: Estimate) -> Estimate:
+    return Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

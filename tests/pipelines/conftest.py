@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from olavlm import runs
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.eval import cv_bench
 from olavlm.eval.mmstar import TASKS
+from pipelines.runner import Processes
 
 PIPELINE = """
 name: small
@@ -39,6 +41,23 @@ eval: {{cv_bench: {0}/cv_bench, student: finetune, batch: 4, max_new_tokens: 5}}
 run_dir: {0}/run
 """
 
+#: Images with targets of the demo world's teachers, and its student; a test's own YAML completes it.
+DEMO_WORLD = """
+data: {{train: {{corpus: {0}/corpus, targets: {0}/targets}}}}
+teachers:
+  depth: {{teacher: depth_anything, weights: {1}/depth, input_size: 64, grid: 8, width: 96}}
+  seg: {{teacher: oneformer, weights: {1}/seg, input_size: 64, grid: 8, width: 128}}
+  gen: {{teacher: unclip, weights: {1}/gen, input_size: 64, grid: 1, width: 96, codec: fp16}}
+featurize: {{executor: inprocess}}
+student: {{vision_tower: {1}/student/vision, language_model: {1}/student/llm}}
+stages: {{pretrain: {{data: [train], trainable: [projector], lr: 1, global_batch: 1, micro_batch: 1}}}}
+run_dir: {0}/run
+"""
+WEIGHTS = Path(__file__).resolve().parents[2] / "pipelines" / "demo_world" / "weights"
+
+Calls = list[tuple[str, str]]
+Codes = dict[tuple[str, str], int]
+Leave = Callable[[PipelineConfig, str, Path], dict[str, Any]]
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -97,12 +116,51 @@ def read_page() -> type[Page]:
     return Page
 
 
+@pytest.fixture(scope="session")
+def write_pipeline() -> Callable[[Path, str], str]:
+    """Writes a pipeline of the demo world's teachers and student, all below one folder, which more YAML completes."""
+
+    def write(folder: Path, rest: str) -> str:
+        file = folder / "pipeline.yaml"
+        OmegaConf.save(OmegaConf.merge(*map(OmegaConf.create, (DEMO_WORLD.format(folder, WEIGHTS), rest))), file)
+        return str(file)
+
+    return write
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> PipelineConfig:
     """A pipeline whose folders are all below `tmp_path`; none of them is there."""
     file = tmp_path / "small.yaml"
     file.write_text(PIPELINE.format(tmp_path))
     return load_pipeline(str(file))
+
+
+@pytest.fixture
+def replace_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Leave], tuple[Calls, Codes]]:
+    """Replaces the stages' processes by a function that leaves a stage's files in its folder and returns its numbers.
+
+    Returns the (stage, setting) that were started, and exit codes by (stage, setting): of what is to fail instead.
+    """
+
+    def replace(leave: Leave) -> tuple[Calls, Codes]:
+        calls: Calls = []
+        codes: Codes = {}
+
+        def run(self: Any, stage: str, pipeline: str, overrides: list[str], log: Any = None, **env: str) -> int:
+            config = load_pipeline(pipeline, list(overrides))
+            folder = runs.stage_dir(config, stage)
+            calls.append((stage, folder.parent.name))
+            if code := codes.get((stage, folder.parent.name)):
+                return code
+            runs.begin(folder, runs.depends_on(config, stage))
+            runs.finish(folder, leave(config, stage, folder))
+            return 0
+
+        monkeypatch.setattr(Processes, "run", run)
+        return calls, codes
+
+    return replace
 
 
 @pytest.fixture
@@ -236,4 +294,4 @@ def finished_run(config: PipelineConfig, benchmark: list[dict[str, Any]], finish
 
 
 def _cell(mean: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+    return {"value": mean, "low": mean - 0.01, "high": mean + 0.01}

@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,16 @@ from pipelines import app as app_module
 from pipelines.app import Desk, Server
 from train import student as students
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "pipelines" / "demo_world" / "weights"
 PIPELINE = """
 name: asked
-data: {{train: {{corpus: {0}/corpus, targets: {0}/targets}}}}
-teachers:
-  depth: {{teacher: depth_anything, weights: {1}/depth, input_size: 64, grid: 8, width: 96}}
-  seg: {{teacher: oneformer, weights: {1}/seg, input_size: 64, grid: 8, width: 128}}
-student:
-  vision_tower: {1}/student/vision
-  language_model: {1}/student/llm
-  tasks: [depth, seg]
-  layers: {{depth: [2], seg: [3]}}
-stages:
-  pretrain: {{data: [train], trainable: [projector], losses: {{depth: 1}}, lr: 1, global_batch: 1, micro_batch: 1}}
-run_dir: {0}/run
+student: {tasks: [depth, seg], layers: {depth: [2], seg: [3]}}
+stages: {pretrain: {losses: {depth: 1}}}
 """
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("asked") / "asked.yaml"
-    file.write_text(PIPELINE.format(file.parent, WEIGHTS))
-    return str(file)
+def pipeline(tmp_path_factory: pytest.TempPathFactory, write_pipeline: Callable[[Path, str], str]) -> str:
+    return write_pipeline(tmp_path_factory.mktemp("asked"), PIPELINE)
 
 
 @pytest.fixture(scope="module")

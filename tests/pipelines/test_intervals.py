@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from olavlm.eval.benchmarks import BENCHMARKS
+from olavlm.eval.bootstrap import Estimate
 from olavlm.eval.cv_bench import Question
 from pipelines.intervals import paired, paired_mean, wilson
 
@@ -26,10 +27,10 @@ def question(i: int, kind: tuple[str, str]) -> Question:
 def test_a_share_lies_in_its_interval_which_lies_in_0_to_1(n: int, share: float) -> None:
     p = round(share * n) / n
     found = wilson({"accuracy": p, "stderr": math.sqrt(p * (1 - p) / n), "n": n, "answered": 1})
-    assert 0 <= found["low"] <= found["mean"] == p <= found["high"] <= 1
-    assert found["low"] < found["high"]
+    assert 0 <= found.low <= found.value == p <= found.high <= 1
+    assert found.low < found.high
     # Wilson's ends are where the score test just rejects: |p − end| = z √(end (1 − end) / n)
-    for end in (found["low"], found["high"]):
+    for end in (found.low, found.high):
         assert abs(p - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
 
 
@@ -37,8 +38,8 @@ def test_a_mean_of_two_shares_has_the_interval_of_its_standard_error() -> None:
     """Half of 80 % of 100 and 60 % of 400: as if asked as many questions as give this standard error."""
     stderr = math.hypot(math.sqrt(0.8 * 0.2 / 100), math.sqrt(0.6 * 0.4 / 400)) / 2
     found = wilson({"accuracy": 0.7, "stderr": stderr, "n": 500, "answered": 1})
-    assert found["low"] == pytest.approx(0.7 - 1.96 * stderr, abs=0.003)
-    assert found["high"] == pytest.approx(0.7 + 1.96 * stderr, abs=0.003)
+    assert found.low == pytest.approx(0.7 - 1.96 * stderr, abs=0.003)
+    assert found.high == pytest.approx(0.7 + 1.96 * stderr, abs=0.003)
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,9 +57,9 @@ def test_a_gain_is_the_difference_of_the_scores(key: str, data: st.DataObject) -
         found.keys() == {row for row, cell in scores[0].items() if cell} & benchmark.expected(questions, first).keys()
     )
     for row, gain in found.items():
-        assert gain["mean"] == pytest.approx(scores[1][row]["accuracy"] - scores[0][row]["accuracy"])
-        assert gain["low"] - 1e-9 <= gain["mean"] <= gain["high"] + 1e-9 or first != second
-    assert all(gain == {"mean": 0, "low": 0, "high": 0} for gain in paired(benchmark, questions, first, first).values())
+        assert gain.value == pytest.approx(scores[1][row]["accuracy"] - scores[0][row]["accuracy"])
+        assert gain.low - 1e-9 <= gain.value <= gain.high + 1e-9 or first != second
+    assert all(gain == Estimate(0, 0, 0) for gain in paired(benchmark, questions, first, first).values())
 
 
 @pytest.mark.parametrize("key", KINDS)
@@ -73,8 +74,8 @@ def test_its_interval_is_that_of_paired_differences(key: str) -> None:
     mean = sum(gained) / 400
     stderr = math.sqrt(sum((g - mean) ** 2 for g in gained)) / 400
     found = paired(BENCHMARKS[key], questions, first, second)["micro"]
-    assert found["mean"] == pytest.approx(mean)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * stderr, rel=0.1)
+    assert found.value == pytest.approx(mean)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * stderr, rel=0.1)
     assert found == paired(BENCHMARKS[key], questions, first, second)["micro"]
 
 
@@ -83,5 +84,5 @@ def test_means_are_paired_by_key() -> None:
     first = {str(i): rng.random() for i in range(100)}
     second = {key: value + 0.1 + rng.gauss(0, 0.02) for key, value in first.items() if key != "7"} | {"other": 9.0}
     found = paired_mean(first, second)
-    assert found["mean"] == pytest.approx(0.1, abs=0.01)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.02 / 10, rel=0.25)
+    assert found.value == pytest.approx(0.1, abs=0.01)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.02 / 10, rel=0.25)

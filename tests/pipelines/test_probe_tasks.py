@@ -35,20 +35,10 @@ from pipelines.probe_tasks.generation import Unclip
 from pipelines.probe_tasks.stage import probe_tasks
 from train.probe import probe
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "pipelines" / "demo_world" / "weights"
 SCENES, WIDTH, GENERATED = 12, 96, 3
 PIPELINE = """
 name: probed
-data:
-  train: {{corpus: {0}/corpus, targets: {0}/targets}}
-teachers:
-  depth: {{teacher: depth_anything, weights: {1}/depth, input_size: 64, grid: 8, width: 96}}
-  seg: {{teacher: oneformer, weights: {1}/seg, input_size: 64, grid: 8, width: 128}}
-  gen: {{teacher: unclip, weights: {1}/gen, input_size: 64, grid: 1, width: 96, codec: fp16}}
-featurize: {{executor: inprocess}}
-student: {{vision_tower: {1}/student/vision, language_model: {1}/student/llm, layers: {{}}}}
-stages:
-  pretrain: {{data: [train], trainable: [projector], lr: 1, global_batch: 1, micro_batch: 1}}
+student: {{layers: {{}}}}
 probe: {{data: train, students: [initial], tasks: [depth, seg, gen], layers: [2, 4], steps: 2, batch: 6}}
 probe_tasks:
   pairs: {0}/truth
@@ -57,12 +47,11 @@ probe_tasks:
   unclip:
     {{pipeline: {0}/unclip, images: {0}/truth/images, limit: 3, steps: 2, inception: {0}/inception.pt}}
   batch: 5
-run_dir: {0}/run
 """
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, write_pipeline: Callable[[Path, str], str]) -> Path:
     """Truths, a corpus of the same images, its targets, weights to generate with; trained probes."""
     folder = tmp_path_factory.mktemp("probed")
     write_truth(folder / "truth", SCENES, seed=0, level="easy", workers=1)
@@ -79,8 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _save_unclip(folder / "unclip")
     with pytest.warns(DeprecationWarning, match="is deprecated"):
         torch.jit.script(_Colours()).save(str(folder / "inception.pt"))
-    (folder / "probed.yaml").write_text(PIPELINE.format(folder, WEIGHTS))
-    config = load_pipeline(str(folder / "probed.yaml"))
+    config = load_pipeline(write_pipeline(folder, PIPELINE.format(folder)))
     run_pipeline(config)
     probe(config)
     probe_tasks(config)
@@ -90,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def load(folder: Path) -> Callable[..., PipelineConfig]:
     """The pipeline, with overrides."""
-    return lambda *overrides: load_pipeline(str(folder / "probed.yaml"), list(overrides))
+    return lambda *overrides: load_pipeline(str(folder / "pipeline.yaml"), list(overrides))
 
 
 @pytest.fixture(scope="module")

@@ -28,34 +28,19 @@ from pipelines.report import report
 from pipelines.see import load_student, look, open_sources, see
 from train import student as students
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "pipelines" / "demo_world" / "weights"
 IMAGES = 6
 PIPELINE = """
 name: seen
-data:
-  train: {{corpus: {0}/corpus, targets: {0}/targets}}
-teachers:
-  depth: {{teacher: depth_anything, weights: {1}/depth, input_size: 64, grid: 8, width: 96}}
-  seg: {{teacher: oneformer, weights: {1}/seg, input_size: 64, grid: 8, width: 128}}
-  gen: {{teacher: unclip, weights: {1}/gen, input_size: 64, grid: 1, width: 96, codec: fp16}}
-featurize: {{executor: inprocess}}
-student:
-  vision_tower: {1}/student/vision
-  language_model: {1}/student/llm
-  layers: {{depth: [2, 3], seg: [3], gen: [4]}}
-stages:
-  pretrain:
-    {{data: [train], trainable: [projector], losses: {{depth: 1, seg: 1}}, lr: 1, global_batch: 1, micro_batch: 1}}
-run_dir: {0}/run
+student: {layers: {depth: [2, 3], seg: [3], gen: [4]}}
+stages: {pretrain: {losses: {depth: 1, seg: 1}}}
 """
-
 COMPONENTS = "features: {} first three principal components as red, green, blue"
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, write_pipeline: Callable[[Path, str], str]) -> PipelineConfig:
     """A run after pretraining: corpus, targets, and a student in ``run/pretrain/model``."""
     folder = tmp_path_factory.mktemp("seen")
     (folder / "images").mkdir()
@@ -66,8 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
         samples.append({"id": f"s{i}", "image": f"{i}.png", "conversations": turns})
     (folder / "samples.json").write_text(json.dumps(samples))
     pack_llava_json(folder / "samples.json", [folder / "images"], folder / "corpus")
-    (folder / "seen.yaml").write_text(PIPELINE.format(folder, WEIGHTS))
-    made = load_pipeline(str(folder / "seen.yaml"))
+    made = load_pipeline(write_pipeline(folder, PIPELINE))
     run_pipeline(made)
     stage = runs.stage_dir(made, "pretrain")
     runs.begin(stage, runs.depends_on(made, "pretrain"))
@@ -241,7 +225,7 @@ def test_without_weights_there_are_features_only_and_it_is_said(
     stage = Path(shutil.copytree(model.parent, tmp_path / "run" / "pretrain"))
     written = OmegaConf.load(stage / "config.yaml")
     bare = tmp_path / "seg"
-    shutil.copytree(WEIGHTS / "seg", bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(config.teachers["seg"].weights, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     written.teachers.depth.weights = "nowhere/depth"
     written.teachers.seg.weights = str(bare)
     OmegaConf.save(written, stage / "config.yaml")
@@ -263,7 +247,7 @@ def test_a_student_outside_a_run_takes_a_pipeline(
     assert page.text.count("No teacher is known: the student lies in no run") == 3
     own = COMPONENTS.format("the predictions'")
     assert f"depth, {own}, layer 2" in {image["alt"] for image in page.images}
-    pipeline = str(Path(config.run_dir).parent / "seen.yaml")
+    pipeline = str(Path(config.run_dir).parent / "pipeline.yaml")
     page = read_page(see(away, file, pipeline, out=tmp_path / "page.html").read_text())
     assert "No teacher" not in page.text
     assert any(image["alt"] == "depth, decoded map, layer 2" for image in page.images)

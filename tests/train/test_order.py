@@ -117,9 +117,9 @@ def test_promise_4_ordered_a_restart_anywhere_comes_to_the_same_batches(order: O
 @settings(max_examples=40, deadline=None)
 def test_epochs_are_shuffled_anew(order: Order) -> None:
     one, other = (order.sample_at(epoch, np.arange(order.epoch_samples)) for epoch in (1, 2))
-    only = np.cumsum(order.sizes)[np.array(order.sizes) == 1] - 1  # of a data set of one sample there is no other
-    varied = ~(np.isin(one, only) & np.isin(other, only))
-    assert varied.sum() < 20 or (one != other)[varied].mean() > 0.1  # of two samples every other draw is the same
+    of = np.repeat(order.sizes, order.sizes)[one]  # how many samples the data set has that a position's sample is from
+    varied = of >= 8  # of few samples another draw is often the same
+    assert varied.sum() < 20 or (one != other)[varied].mean() > 0.5
 
 
 @pytest.mark.parametrize("window", [None, 2**16])

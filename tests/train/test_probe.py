@@ -50,8 +50,8 @@ def test_every_student_layer_and_task_is_probed_on_the_same_images(world: Any, t
         for task, layer in (("depth", 1), ("gen", 2)):
             of = rows[(rows.student == name) & (rows.task == task) & (rows.layer == layer)]
             cell = means[task][str(layer)]
-            assert cell["mean"] == pytest.approx(of.cosine.mean())
-            assert of.cosine.min() <= cell["low"] < cell["mean"] < cell["high"] <= of.cosine.max()
+            assert cell["value"] == pytest.approx(of.cosine.mean())
+            assert of.cosine.min() <= cell["low"] < cell["value"] < cell["high"] <= of.cosine.max()
             assert len(set(of.key)) == len(of) == len(rows[(rows.student == name) & (rows.task == task)]) / 2
     assert result["students"]["initial"] != result["students"]["pretrain"]
     assert set(result["floor"]) == {"depth", "gen"}
@@ -75,7 +75,7 @@ def test_a_probe_goes_on_with_the_students_that_are_missing(world: Any, tmp_path
     first, second = (json.loads((tmp_path / name / "probe" / "probe.json").read_text()) for name in "ab")
     assert first == second  # a function of the seed
     (tmp_path / "a" / "probe" / "done.json").unlink()
-    cell = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6}
     marked = first | {"students": {"initial": {task: {"1": cell, "2": cell} for task in ("depth", "gen")}}}
     (tmp_path / "a" / "probe" / "probe.json").write_text(json.dumps(marked))
     probe(one)
@@ -90,9 +90,9 @@ def test_probes_learn(own_world: Any, tmp_path: Path, commit: Callable[..., Any]
     overrides = [f"run_dir={tmp_path}", "probe.students=[initial]", "probe.steps=60", "probe.lr=0.01"]
     probe(own_world.config(*overrides))
     result = json.loads((tmp_path / "probe" / "probe.json").read_text())
-    assert all(cell["mean"] == pytest.approx(1, abs=1e-3) for cell in result["floor"].values())
+    assert all(cell["value"] == pytest.approx(1, abs=1e-3) for cell in result["floor"].values())
     cells = [cell for layers in result["students"]["initial"].values() for cell in layers.values()]
-    assert all(cell["mean"] > 0.7 for cell in cells)
+    assert all(cell["value"] > 0.7 for cell in cells)
 
 
 def test_trained_probes_predict_as_they_did_whatever_a_sample_says_of_its_image(world: Any, tmp_path: Path) -> None:

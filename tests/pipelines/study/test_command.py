@@ -7,10 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from olavlm import runs
-from olavlm.config import load_pipeline
 from olavlm.errors import OlaError
-from pipelines.runner import Processes
 from pipelines.study.command import study
 from pipelines.study.protocol import load_protocol
 
@@ -37,17 +34,10 @@ def protocol(config, tmp_path):
 
 
 @pytest.fixture
-def started(benchmark, monkeypatch):
-    """Replaces the stages' processes; students with the loss know all 3-D answers, the others none, and no 2-D ones."""
-    calls, codes = [], {}
+def started(benchmark, replace_processes):
+    """Students with the loss know all 3-D answers, the others none, and no 2-D ones."""
 
-    def run(self, stage, pipeline, overrides, log=None, **env):
-        config = load_pipeline(pipeline, list(overrides))
-        folder = runs.stage_dir(config, stage)
-        calls.append((stage, folder.parent.name))
-        if code := codes.get((stage, folder.parent.name)):
-            return code
-        runs.begin(folder, runs.depends_on(config, stage))
+    def leave(config, stage, folder):
         if stage == "evaluate":
             knows = bool(config.stages["pretrain"].losses) and config.teachers["depth"].teacher == "depth_anything"
             (folder / "cv_bench").mkdir()
@@ -70,11 +60,9 @@ def started(benchmark, monkeypatch):
                 for layer in (1, 2)
             ]
             pq.write_table(pa.Table.from_pylist(rows), folder / "cosines.parquet")
-        runs.finish(folder, {})
-        return 0
+        return {}
 
-    monkeypatch.setattr(Processes, "run", run)
-    return calls, codes
+    return replace_processes(leave)
 
 
 def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_rule(
@@ -87,7 +75,7 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     ]  # fmt: skip
     assert [stage for stage, _ in calls].count("featurize") == 2  # for all, and of the control's teachers
     page = (tmp_path / "run" / "study.md").read_text()
-    assert "3 of 3 seeds: +100.0 points [+100.0, +100.0]: **it helps**" in page
+    assert "3 of 3 seeds: +100.0 [+100.0, +100.0] points: **it helps**" in page
     assert "| elsewhere − no loss | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in page
     assert "| *blind* | 50.0 | 50.0 | 50.0 |" in page
     assert "still to be trained" not in page
@@ -96,7 +84,7 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     assert sorted(name for stage, name in calls if stage == "probe") == ["probes-1", "probes-2", "probes-3"]
     assert "| no loss | 0.500 | 0.625 |\n| loss | +0.125 [+0.000, +0.250] | +0.125 [+0.000, +0.250] |" in page
     found = json.loads((tmp_path / "run" / "study.json").read_text())
-    assert found["parts"][1]["gains"][1]["3-D"] == [1, 1, 1]
+    assert found["parts"][1]["gains"][1]["3-D"] == {"value": 1, "low": 1, "high": 1}
     before = list(calls)
     assert study(protocol, [], jobs=2) == 0
     assert calls == before
@@ -109,7 +97,7 @@ def test_an_unfinished_study_answers_with_the_seeds_that_all_arms_have(protocol,
     out = capsys.readouterr().out
     assert "failed: no-loss-3, in finetune" in out
     page = (tmp_path / "run" / "study.md").read_text()
-    assert "2 of 3 seeds: +100.0 points" in page
+    assert "2 of 3 seeds: +100.0 [+100.0, +100.0] points" in page
     assert "2 seeds, 1 of them still to be trained." in page
     assert "elsewhere − no loss" not in page  # one seed is no study
 
