@@ -101,7 +101,8 @@ def any_order(draw: st.DrawFn) -> Order:
 @settings(max_examples=60, deadline=None)
 def test_promise_4_ordered_a_restart_anywhere_comes_to_the_same_batches(order: Order, at: list[float]) -> None:
     steps = [int(where * (3 * order.epoch_batches - 1)) for where in at]
-    before = {step: order.batch(step) for step in range(max(steps) + 1)}
+    start = max(0, max(steps) - 300)  # of a run that has come this far, whatever it has drawn before
+    before = {step: order.batch(step) for step in sorted({*steps, *range(start, max(steps) + 1)})}
     for step in steps:
         afresh = replace(order)  # a process that has drawn nothing yet
         assert list(afresh.batch(step)) == list(before[step])
