@@ -148,7 +148,8 @@ def _collate(processor: OlaVlmProcessor, codecs: dict[str, Any], records: list[R
 
 def _pread(ranges: list[list[Any]], collate: Collate, threads: int) -> Iterator[MicroBatch]:
     """Batches from byte ranges that are known already."""
-    descriptors = {path: os.open(path, os.O_RDONLY) for of_sample in ranges for _, path, *_ in of_sample}
+    paths = {path for of_sample in ranges for _, path, *_ in of_sample}
+    descriptors = {path: os.open(path, os.O_RDONLY) for path in paths}
 
     def make(step: int) -> MicroBatch:
         return collate([_read(ranges[number], descriptors) for number in _chunk(step)])

@@ -1,7 +1,8 @@
 """What a study's students answered, as numbers with intervals."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy import stats
 
 from olavlm.data.corpus import content_hash
 from olavlm.errors import OlaError
@@ -45,10 +47,6 @@ class Asked:
         if missing := [key for key in self.ids if key not in right]:
             raise OlaError(f"{replies}: no reply to question {missing[0]} and {len(missing) - 1} more; ask again")
         return np.array([right[key] for key in self.ids])
-
-    def stack(self, replies: Iterable[Path]) -> Array:
-        """(students, questions) float, as `read` gives each."""
-        return np.stack([self.read(file) for file in replies])
 
 
 def stack_cosines(probed: Sequence[tuple[Mapping[str, str], Path]]) -> dict[str, dict[int, dict[str, Array]]]:
@@ -97,38 +95,40 @@ def two_way(values: Array, images: Array) -> Estimate:
     return Estimate(float(values.mean()), low, high)
 
 
-def accuracies(
-    right: Mapping[str, Array], asked: Asked, groups: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Estimate]]:
-    """Arm → group of tasks → accuracy with its interval.
+def over_seeds(values: Array) -> Estimate:
+    """The mean of `values` (students, questions) with Student's t interval over the students' means.
+
+    The questions are taken as given; so it says how sure the mean is for other seeds, however few there are.
+    """
+    means = values.mean(1)
+    half = stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    return Estimate(float(values.mean()), float(means.mean() - half), float(means.mean() + half))
+
+
+def interval(values: Array, images: Array) -> Estimate:
+    """The mean of `values`, between the outer ends of `two_way` and `over_seeds`.
+
+    Neither alone is enough: of three or five students that differ much, resampling students gives too narrow an
+    interval, and that over seeds knows nothing of other questions.
 
     Args:
-        right: (students, questions) by arm.
+        values: (students, questions), two students at least.
+        images: (questions,) int, which image a question is about.
+    """
+    both, seeds = two_way(values, images), over_seeds(values)
+    return Estimate(both.value, min(both.low, seeds.low), max(both.high, seeds.high))
+
+
+def by_group(values: Array, asked: Asked, groups: Mapping[str, Sequence[str]]) -> dict[str, Estimate]:
+    """Group of tasks → the mean of `values` with its interval.
+
+    Args:
+        values: (students, questions): accuracies, or differences of two arms' accuracies, seed by seed.
         asked: the benchmark.
         groups: tasks by the name of a group; every question of a group counts once.
     """
-    return {
-        arm: {name: _within(values, asked, tasks) for name, tasks in groups.items()} for arm, values in right.items()
-    }
-
-
-def gains(
-    right: Mapping[str, Array], asked: Asked, groups: Mapping[str, Sequence[str]], pairs: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], dict[str, Estimate]]:
-    """(arm, other) → group of tasks → how much more often the arm is right, seed by seed and question by question.
-
-    Args:
-        right: (students, questions) by arm, students in the order of their seeds.
-        asked: the benchmark.
-        groups: tasks by the name of a group.
-        pairs: what is compared.
-    """
-    return {
-        (arm, other): {name: _within(right[arm] - right[other], asked, tasks) for name, tasks in groups.items()}
-        for arm, other in pairs
-    }
-
-
-def _within(values: Array, asked: Asked, tasks: Sequence[str]) -> Estimate:
-    of_group = np.isin(asked.tasks, tasks)
-    return two_way(values[:, of_group], asked.images[of_group])
+    found = {}
+    for name, tasks in groups.items():
+        of_group = np.isin(asked.tasks, tasks)
+        found[name] = interval(values[:, of_group], asked.images[of_group])
+    return found

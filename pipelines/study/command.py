@@ -16,19 +16,22 @@ from olavlm.eval.bootstrap import Estimate
 from olavlm.provenance import provenance
 from pipelines.results import read_json
 from pipelines.settings import Setting, run_all
-from pipelines.study.analysis import Array, Asked, accuracies, gains, stack_cosines, two_way
+from pipelines.study.analysis import Array, Asked, by_group, interval, stack_cosines
 from pipelines.study.page import draw, write
-from pipelines.study.protocol import Part, Protocol, open_study, probes, settings
+from pipelines.study.protocol import Pair, Part, Protocol, open_study, pin, probes, settings
 
 #: Arm and seed.
 Key = tuple[str, int]
+
+#: By arm and seed (questions,) float, 1 where the reply is right.
+Right = dict[Key, Array]
 
 
 def study(file: Path, overrides: list[str], jobs: int) -> int:
     """Train and ask every student of a protocol, then write ``study.json``, ``study.md`` and ``study.png``.
 
-    Stopped and started again, it does what is missing. What is not finished is left out of the answers, seed by seed:
-    all arms of a part have the same seeds.
+    Stopped and started again, it does what is missing. What is not finished is left out of the answers: a pair is
+    compared by the seeds that both arms have.
 
     Args:
         file: the protocol.
@@ -39,25 +42,26 @@ def study(file: Path, overrides: list[str], jobs: int) -> int:
         An exit code, as of `pipelines.settings.run_all`.
 
     Raises:
-        OlaError: a protocol or pipeline that is not valid, before anything runs.
+        OlaError: a protocol or pipeline that is not valid, or another protocol than before; before anything runs.
     """
     protocol, base = open_study(file, overrides)
     students = settings(protocol, base, overrides)
+    probed = probes(protocol, base, overrides, students)
+    folder = Path(base.run_dir)
+    pin(protocol, folder)
     console = Console()
     code, failed = run_all(base, protocol.pipeline, overrides, list(students.values()), jobs)
-    probed = probes(protocol, base, overrides, students)
-    if code != 130:
-        ready = [
-            setting
-            for seed, (_, setting) in probed.items()
-            if all(_finished(students[arm, seed]) for arm in protocol.probes)
-        ]
-        probing, also = run_all(base, protocol.pipeline, overrides, ready, jobs) if ready else (0, {})
+    ready = [
+        setting
+        for seed, (_, setting) in probed.items()
+        if all(_finished(students[arm, seed]) for arm in protocol.probes)
+    ]
+    if ready and code != 130:
+        probing, also = run_all(base, protocol.pipeline, overrides, ready, jobs)
         code, failed = code or probing, failed | also
     for name, stage in failed.items():
         console.print(f"[red]failed:[/red] {name}, in {stage}; the same command tries again")
     if any(_finished(setting) for setting in students.values()):
-        folder = Path(base.run_dir)
         found = collect(protocol, base, students) | {"probes": _probes(protocol, probed)}
         replace(folder / "study.json", json.dumps(found, indent=1, default=asdict).encode())
         replace(folder / "study.png", draw(protocol, found))
@@ -71,38 +75,65 @@ def collect(protocol: Protocol, base: PipelineConfig, students: dict[Key, Settin
     assert base.eval is not None
     assert base.eval.cv_bench is not None
     asked = Asked.of(cv_bench.load(base.eval.cv_bench, base.eval.limit))
-    first = next(setting for setting in students.values() if _finished(setting))
-    baselines = read_json(_evaluated(first) / "scores.json")["baselines"]
+    finished = {key: setting for key, setting in students.items() if _finished(setting)}
+    right = {key: asked.read(_evaluated(setting) / "replies.jsonl") for key, setting in finished.items()}
+    baselines = read_json(_evaluated(next(iter(finished.values()))) / "scores.json")["baselines"]
+    first = protocol.parts[0]
     return {
         "questions": {name: sum(task in tasks for task in asked.tasks) for name, tasks in protocol.groups.items()},
         "baselines": {
             name: {group: _expected(asked, rows, tasks) for group, tasks in protocol.groups.items()}
             for name, rows in baselines.items()
         },
-        "parts": [_answer(part, protocol, asked, students) for part in protocol.parts],
-        "seconds": {
-            stage: [
-                done["seconds"] for s in students.values() if (done := runs.finished(runs.stage_dir(s.config, stage)))
-            ]
-            for stage in ("pretrain", "finetune", "evaluate")
-        },
+        "primary": [_gain(pair, first, protocol, asked, right) for pair in protocol.primary.pairs],
+        "parts": [_answer(part, protocol, asked, right) for part in protocol.parts],
+        "students": [_told(key, setting) for key, setting in finished.items()],
         **provenance(),
     }
 
 
-def _answer(part: Part, protocol: Protocol, asked: Asked, students: dict[Key, Setting]) -> dict[str, Any]:
-    """One part's numbers, of the seeds of which all its arms are finished."""
-    seeds = [seed for seed in part.seeds if all(_finished(students[arm, seed]) for arm in part.arms)]
-    answered: dict[str, Any] = {"question": part.question, "seeds": seeds, "planned": part.seeds}
-    if len(seeds) < 2:
-        return answered | {"accuracy": {}, "gains": []}
-    right = {arm: asked.stack(_evaluated(students[arm, seed]) / "replies.jsonl" for seed in seeds) for arm in part.arms}
-    return answered | {
-        "accuracy": accuracies(right, asked, protocol.groups),
-        "gains": [
-            {"arm": arm, "to": other, **of_pair}
-            for (arm, other), of_pair in gains(right, asked, protocol.groups, part.pairs).items()
-        ],
+def _answer(part: Part, protocol: Protocol, asked: Asked, right: Right) -> dict[str, Any]:
+    """One part's numbers: of an arm over the seeds that are finished, of a pair over those that both have."""
+    accuracy = {}
+    for arm in part.arms:
+        of_arm = [right[arm, seed] for seed in part.seeds if (arm, seed) in right]
+        if len(of_arm) > 1:
+            accuracy[arm] = by_group(np.stack(of_arm), asked, protocol.groups)
+    return {
+        "question": part.question,
+        "planned": part.seeds,
+        "accuracy": accuracy,
+        "gains": [_gain(pair, part, protocol, asked, right) for pair in part.pairs],
+    }
+
+
+def _gain(pair: Pair, part: Part, protocol: Protocol, asked: Asked, right: Right) -> dict[str, Any]:
+    """How much more often the first arm is right, seed by seed and question by question."""
+    arm, other = pair
+    gains = {
+        seed: right[arm, seed] - right[other, seed]
+        for seed in part.seeds
+        if (arm, seed) in right and (other, seed) in right
+    }
+    decides = np.isin(asked.tasks, protocol.groups[protocol.primary.group])
+    return {
+        "arm": arm,
+        "to": other,
+        "by_seed": {seed: float(of_seed[decides].mean()) for seed, of_seed in gains.items()},
+        "groups": by_group(np.stack([*gains.values()]), asked, protocol.groups) if len(gains) > 1 else {},
+    }
+
+
+def _told(key: Key, setting: Setting) -> dict[str, Any]:
+    """What a student was trained with, and how many of its replies name an option."""
+    stages = {stage: runs.finished(runs.stage_dir(setting.config, stage)) or {} for stage in setting.config.stages}
+    return {
+        "arm": key[0],
+        "seed": key[1],
+        "stages": {
+            stage: {name: done[name] for name in ("steps", "samples", "seconds")} for stage, done in stages.items()
+        },
+        "answered": read_json(_evaluated(setting) / "scores.json")["scores"]["micro"]["answered"],
     }
 
 
@@ -110,17 +141,21 @@ def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]
     """Task → layer → arm → cosine, and gain on the first arm, over seeds and held-out images."""
     folders = {seed: runs.stage_dir(setting.config, "probe") for seed, (_, setting) in probed.items()}
     done = [seed for seed, folder in folders.items() if runs.finished(folder)]
-    if not done:
+    if len(done) < 2:
         return {}
     cosines = stack_cosines([(probed[seed][0], folders[seed] / "cosines.parquet") for seed in done])
     first = protocol.probes[0]
+    floor = read_json(folders[done[0]] / "probe.json")["floor"]
     return {
         task: {
-            layer: {
-                arm: {"cosine": _mean(of_arm[arm]), "gain": _mean(of_arm[arm] - of_arm[first])}
-                for arm in protocol.probes
-            }
-            for layer, of_arm in of_task.items()
+            "floor": floor[task]["value"],
+            "layers": {
+                layer: {
+                    arm: {"cosine": _mean(of_arm[arm]), "gain": _mean(of_arm[arm] - of_arm[first])}
+                    for arm in protocol.probes
+                }
+                for layer, of_arm in of_task.items()
+            },
         }
         for task, of_task in cosines.items()
     }
@@ -128,7 +163,7 @@ def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]
 
 def _mean(cosines: Array) -> Estimate:
     """Of (seeds, images)."""
-    return two_way(cosines, np.arange(cosines.shape[1]))
+    return interval(cosines, np.arange(cosines.shape[1]))
 
 
 def _expected(asked: Asked, rows: dict[str, float], tasks: list[str]) -> float:

@@ -1,7 +1,9 @@
 """What a study found, as a page and a figure."""
 
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,33 +18,37 @@ _GAIN = "{:+.1f} [{:+.1f}, {:+.1f}]"
 def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
     """The page, in Markdown; the figure beside it is ``study.png``."""
     groups = list(protocol.groups)
-    versions = found["versions"]
+    commit, machine, torch = found["commit"], found["machine"], found["versions"]["torch"]
     lines = [
         "# The study: what distilling teachers' features does for the answers",
         "",
-        f"Written by `make study` on {found['machine']}, torch {versions['torch']}; the protocol, fixed before: "
-        "[protocol.yaml](protocol.yaml).",
+        f"Written by `make study` at commit {commit or 'unknown'} on {machine}, torch {torch}. Its protocol was fixed "
+        "before its first student was trained: `pipelines/study/protocol.yaml`, and as read `protocol.json` beside the "
+        "students.",
         "",
         *_verdict(protocol, found),
         "",
         "![Gains in accuracy with their intervals](study.png)",
         "",
-        "Accuracies in %, gains in points, each with its 95 % interval (two-way bootstrap over seeds and images); "
-        "**bold**: the interval excludes 0, which one in twenty does by chance. Questions: "
+        "Accuracies in %, gains in points, each with its 95 % interval: the outer ends of a two-way bootstrap over seeds "
+        "and images and of a t interval over seeds. They are for other seeds, of what is new in a "
+        "student and of the order, and other questions; not for other corpora, teachers or language models. Questions: "
         + ", ".join(f"{name} {count:,}" for name, count in found["questions"].items())
         + ".",
+        "",
+        _chance(found),
     ]
     for part in found["parts"]:
-        missing = len(part["planned"]) - len(part["seeds"])
-        left = f", {missing} of them still to be trained" if missing else ""
-        lines += ["", f"## {part['question']}", "", f"{len(part['planned'])} seeds{left}.", ""]
-        if not part["gains"]:
-            continue
+        lines += ["", f"## {part['question']}", ""]
         gains = [
-            [f"{gain['arm']} − {gain['to']}", *(_said(_percent(gain[group]), _GAIN, bold=True) for group in groups)]
+            [
+                f"{gain['arm']} − {gain['to']}",
+                f"{len(gain['by_seed'])} of {len(part['planned'])}",
+                *(_said(_percent(gain["groups"][group]), _GAIN, bold=True) for group in groups),
+            ]
             for gain in part["gains"]
+            if gain["groups"]
         ]
-        lines += [*_table(["gain", *groups], gains), ""]
         rows = [
             [arm, *(_said(_percent(of[group]), "{:.1f} [{:.1f}, {:.1f}]") for group in groups)]
             for arm, of in part["accuracy"].items()
@@ -52,24 +58,25 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
                 [f"*{name}*", *(f"{100 * of[group]:.1f}" for group in groups)]
                 for name, of in found["baselines"].items()
             ]
+        lines += (
+            [*_table(["gain", "seeds", *groups], gains), ""] if gains else ["Fewer than two seeds are finished.", ""]
+        )
         lines += _table(["accuracy", *groups], rows)
     if found["probes"]:
         lines += _where(protocol, found["probes"])
-    seconds = [sum(of) for of in found["seconds"].values()]
-    lines += ["", f"All students together took {sum(seconds) / 3600:.1f} hours, several at a time."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_students(found["students"])]) + "\n"
 
 
 def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     """Every pair's gain and interval, a panel per group of several tasks; PNG."""
-    gains = [gain for part in found["parts"] for gain in part["gains"]]
+    gains = [gain for part in found["parts"] for gain in part["gains"] if gain["groups"]]
     figure = Figure(figsize=(9, 1.2 + 0.32 * max(len(gains), 1)), layout="constrained", dpi=120)
     names = [f"{gain['arm']}  vs  {gain['to']}" for gain in gains]
     groups = [name for name, tasks in protocol.groups.items() if len(tasks) > 1]
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group, color in zip(panels, groups, COLORS, strict=False):
         for row, gain in enumerate(gains):
-            points = _percent(gain[group])
+            points = _percent(gain["groups"][group])
             axes.plot([points.low, points.high], [row, row], color=color, linewidth=2)
             axes.plot(points.value, row, "o", color=color)
         axes.axvline(0, color="#888888", linewidth=0.8)
@@ -84,17 +91,39 @@ def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
 
 def _verdict(protocol: Protocol, found: Mapping[str, Any]) -> list[str]:
     """The primary question and its answer, by the rule that the protocol states."""
-    first = found["parts"][0]
-    if not first["gains"]:
-        return ["**Not answered yet**: fewer than two seeds are finished."]
-    gain = first["gains"][0]
-    points = gain[protocol.primary]
-    verdict = "it helps" if points.low > 0 else "it harms" if points.high < 0 else "not shown to help or to harm"
-    seeds = f"{len(first['seeds'])} of {len(first['planned'])} seeds"
-    return [
-        f"**Primary question**, {gain['arm']} against {gain['to']} on {protocol.primary} questions, {seeds}: "
-        f"{_said(_percent(points), _GAIN)} points: **{verdict}**."
+    planned, gains = protocol.parts[0].seeds, found["primary"]
+    group = protocol.primary.group
+    finished = min(len(gain["by_seed"]) for gain in gains)
+    estimates = [gain["groups"][group] for gain in gains if gain["groups"]]
+    if finished < len(planned):
+        verdict = f"not answered yet: {finished} of {len(planned)} seeds are finished"
+    elif all(estimate.low > 0 for estimate in estimates):
+        verdict = "it helps"
+    elif estimates[0].high < 0:
+        verdict = "it harms"
+    else:
+        verdict = "not shown to help or to harm"
+    lines = [f"**Primary question**, {group} questions: **{verdict}**.", ""]
+    rows = [
+        [
+            f"{gain['arm']} − {gain['to']}",
+            _said(_percent(gain["groups"][group]), _GAIN) if gain["groups"] else "–",
+            " ".join(f"{100 * value:+.1f}" for value in gain["by_seed"].values()),
+        ]
+        for gain in gains
     ]
+    return [*lines, *_table(["gain, points", "interval", "seed by seed"], rows)]
+
+
+def _chance(found: Mapping[str, Any]) -> str:
+    """How many intervals exclude 0, and how many would if nothing did anything."""
+    gains = [gain["groups"] for part in found["parts"] for gain in part["gains"] if gain["groups"]]
+    intervals = [estimate for gain in gains for estimate in gain.values()]
+    sure = sum(map(_excludes_0, intervals))
+    return (
+        f"**Bold**: the interval excludes 0, as {sure} of the {len(intervals)} gains below do; if no arm did anything, "
+        f"about {len(intervals) / 20:.0f} would. Beside the primary question they are hints, not findings."
+    )
 
 
 def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
@@ -108,18 +137,54 @@ def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
         "Cosine of what a plain probe reads from a layer of the fine-tuned student to the teacher's feature, on images "
         f"held out: of the arm “{first}”, and what others have more.",
     ]
-    for task, layers in probed.items():
+    for task, of_task in probed.items():
+        layers = of_task["layers"]
         rows = [[first, *(f"{of_arm[first]['cosine'].value:.3f}" for of_arm in layers.values())]]
         for arm in others:
             rows.append([arm, *(_said(of_arm[arm]["gain"], gain, bold=True) for of_arm in layers.values())])
+        rows.append(["*mean target*", *(f"{of_task['floor']:.3f}" for _ in layers)])
         lines += ["", *_table([task, *(f"layer {layer}" for layer in layers)], rows)]
     return lines
+
+
+def _students(students: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each arm's students were trained with, on average."""
+    stages = list(students[0]["stages"])
+    by_arm: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for student in students:
+        by_arm[student["arm"]].append(student)
+    rows = []
+    for arm, of_arm in by_arm.items():
+        told = [arm, str(len(of_arm))]
+        for stage in stages:
+            mean = {key: fmean(one["stages"][stage][key] for one in of_arm) for key in ("steps", "samples", "seconds")}
+            told += [f"{mean['samples']:,.0f} in {mean['steps']:,.0f} steps", f"{mean['seconds']:,.0f} s"]
+        rows.append([*told, f"{fmean(one['answered'] for one in of_arm):.1%}"])
+    header = [
+        "arm",
+        "students",
+        *(name for stage in stages for name in (f"{stage}: samples", "time")),
+        "replies answered",
+    ]
+    return [
+        "",
+        "## What the students were trained with",
+        "",
+        "Means over an arm's students. An unanswered question counts as wrong. Times are of processes that shared the "
+        "machine; featurizing, once for all, is in none of them.",
+        "",
+        *_table(header, rows),
+    ]
 
 
 def _said(estimate: Estimate, form: str, *, bold: bool = False) -> str:
     """An estimate and its interval; bold, if that is asked for, where it excludes 0."""
     cell = form.format(estimate.value, estimate.low, estimate.high)
-    return f"**{cell}**" if bold and (estimate.low > 0 or estimate.high < 0) else cell
+    return f"**{cell}**" if bold and _excludes_0(estimate) else cell
+
+
+def _excludes_0(estimate: Estimate) -> bool:
+    return estimate.low > 0 or estimate.high < 0
 
 
 def _percent(estimate: Estimate) -> Estimate:

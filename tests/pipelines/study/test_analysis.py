@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 
 from olavlm.errors import OlaError
+from olavlm.eval.bootstrap import Estimate
 from olavlm.eval.cv_bench import Question
-from pipelines.study.analysis import Asked, gains, two_way
+from pipelines.study.analysis import Asked, by_group, interval, over_seeds, two_way
 
 GROUPS = {"2-D": ["Count", "Relation"], "Depth": ["Depth"]}
 
@@ -51,23 +53,29 @@ def test_the_interval_is_wider_where_questions_share_images_and_where_seeds_diff
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Seeds and images both vary; an interval over questions alone would cover far less often."""
+@pytest.mark.parametrize("students", [3, 5])
+@pytest.mark.parametrize(("of_seed", "of_image", "left"), [(0, 0.3, 0.6), (0.03, 0.3, 0.6), (0.3, 0.1, 0.2)])
+def test_the_interval_covers_the_truth_as_often_as_it_says(students, of_seed, of_image, left):
+    """Whether questions or seeds differ more; also of three students, where a bootstrap alone is too narrow."""
     rng = np.random.default_rng(1)
     covered = 0
-    for _ in range(100):
-        of_seed, of_image = rng.normal(0, 0.1, (8, 1)), rng.normal(0, 0.3, (1, 60))
-        found = two_way(of_seed + of_image + rng.normal(0, 0.2, (8, 60)), np.arange(60))
+    for _ in range(200):
+        values = rng.normal(0, of_seed, (students, 1)) + rng.normal(0, of_image, (1, 60))
+        found = interval(values + rng.normal(0, left, (students, 60)), np.arange(60))
         covered += found.low <= 0 <= found.high
-    assert covered >= 85
+    assert covered >= 0.93 * 200
 
 
-def test_gains_are_paired_by_question_and_kept_apart_by_task():
-    right = {"a": np.array([[1.0, 1, 1], [1, 0, 1]]), "b": np.array([[1.0, 0, 0], [1, 0, 0]])}
-    found = gains(right, ASKED, GROUPS, [("a", "b")])["a", "b"]
-    assert found["2-D"].value == 0.5
+def test_a_t_interval_over_seeds_is_that_of_the_textbook():
+    found = over_seeds(np.array([[1.0, 3], [2, 4], [4, 6]]))
+    assert (found.low, found.high) == pytest.approx(stats.ttest_1samp([2, 3, 5], 0).confidence_interval())
+
+
+def test_gains_are_kept_apart_by_task():
+    found = by_group(np.array([[0.0, 1, 1], [0, 0, 1]]), ASKED, GROUPS)
+    assert found["2-D"] == Estimate(0.5, 0.5, 0.5)  # both questions are about one image, and both seeds agree
     assert found["Depth"].value == 0.5
-    assert found["2-D"].low == found["2-D"].high  # both questions are about one image, and both seeds agree
+    assert found["Depth"].low < 0 < 1 < found["Depth"].high
 
 
 def test_replies_are_read_by_question_and_a_missing_one_is_named(tmp_path):

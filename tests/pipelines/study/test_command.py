@@ -14,7 +14,7 @@ from pipelines.study.protocol import load_protocol
 PROTOCOL = """
 pipeline: {pipeline}
 groups: {{2-D: [Count, Relation], 3-D: [Depth, Distance], Depth: [Depth]}}
-primary: 3-D
+primary: {{group: 3-D, pairs: [[loss, no loss]]}}
 arms:
   loss: []
   no loss: ["stages.pretrain.losses={{}}"]
@@ -51,7 +51,9 @@ def started(benchmark, replace_processes):
             ]
             (folder / "cv_bench" / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             blind = dict.fromkeys(("Count", "Relation", "Depth", "Distance"), 0.5)
-            (folder / "cv_bench" / "scores.json").write_text(json.dumps({"baselines": {"blind": blind}}))
+            (folder / "cv_bench" / "scores.json").write_text(
+                json.dumps({"baselines": {"blind": blind}, "scores": {"micro": {"answered": 0.5}}})
+            )
         if stage == "probe":
             rows = [
                 {"student": student, "task": "depth", "layer": layer, "key": key, "cosine": cosine + layer / 8}
@@ -60,7 +62,8 @@ def started(benchmark, replace_processes):
                 for layer in (1, 2)
             ]
             pq.write_table(pa.Table.from_pylist(rows), folder / "cosines.parquet")
-        return {}
+            (folder / "probe.json").write_text(json.dumps({"floor": {"depth": {"value": 0.25}}}))
+        return {"steps": 120, "samples": 480, "seconds": 60} if stage in config.stages else {}
 
     return replace_processes(leave)
 
@@ -75,16 +78,19 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     ]  # fmt: skip
     assert [stage for stage, _ in calls].count("featurize") == 2  # for all, and of the control's teachers
     page = (tmp_path / "run" / "study.md").read_text()
-    assert "3 of 3 seeds: +100.0 [+100.0, +100.0] points: **it helps**" in page
-    assert "| elsewhere − no loss | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in page
+    assert "**Primary question**, 3-D questions: **it helps**." in page
+    assert "| loss − no loss | +100.0 [+100.0, +100.0] | +100.0 +100.0 +100.0 |" in page
+    assert "| elsewhere − no loss | 2 of 2 | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in page
+    assert "as 4 of the 9 gains below do" in page
     assert "| *blind* | 50.0 | 50.0 | 50.0 |" in page
-    assert "still to be trained" not in page
+    assert "| no loss | 3 | 480 in 120 steps | 60 s | 480 in 120 steps | 60 s | 50.0% |" in page
     with Image.open(tmp_path / "run" / "study.png") as figure:
         assert figure.width > 500
     assert sorted(name for stage, name in calls if stage == "probe") == ["probes-1", "probes-2", "probes-3"]
     assert "| no loss | 0.500 | 0.625 |\n| loss | +0.125 [+0.000, +0.250] | +0.125 [+0.000, +0.250] |" in page
+    assert "| *mean target* | 0.250 | 0.250 |" in page
     found = json.loads((tmp_path / "run" / "study.json").read_text())
-    assert found["parts"][1]["gains"][1]["3-D"] == {"value": 1, "low": 1, "high": 1}
+    assert found["parts"][1]["gains"][1]["groups"]["3-D"] == {"value": 1, "low": 1, "high": 1}
     before = list(calls)
     assert study(protocol, [], jobs=2) == 0
     assert calls == before
@@ -97,9 +103,26 @@ def test_an_unfinished_study_answers_with_the_seeds_that_all_arms_have(protocol,
     out = capsys.readouterr().out
     assert "failed: no-loss-3, in finetune" in out
     page = (tmp_path / "run" / "study.md").read_text()
-    assert "2 of 3 seeds: +100.0 [+100.0, +100.0] points" in page
-    assert "2 seeds, 1 of them still to be trained." in page
+    assert "**not answered yet: 2 of 3 seeds are finished**" in page
+    assert "| loss − no loss | 2 of 3 | " in page
     assert "elsewhere − no loss" not in page  # one seed is no study
+
+
+def test_what_does_not_beat_every_arm_it_is_to_beat_is_not_shown_to_help(protocol, started, tmp_path):
+    text = protocol.read_text().replace("[[loss, no loss]]", "[[loss, no loss], [elsewhere, no loss]]")
+    protocol.write_text(text)
+    assert study(protocol, [], jobs=2) == 0
+    assert "**not shown to help or to harm**" in (tmp_path / "run" / "study.md").read_text()
+
+
+def test_another_protocol_than_the_students_were_trained_by_is_refused(protocol, started):
+    assert study(protocol, [], jobs=2) == 0
+    calls, _ = started
+    before = list(calls)
+    protocol.write_text(protocol.read_text().replace("group: 3-D", "group: Depth"))
+    with pytest.raises(OlaError, match=r"protocol\.json: this study was begun with another protocol"):
+        study(protocol, [], jobs=2)
+    assert calls == before
 
 
 def test_nothing_is_written_before_there_is_a_student(protocol, started, tmp_path):
@@ -120,7 +143,14 @@ def test_nothing_is_written_before_there_is_a_student(protocol, started, tmp_pat
             ("probes: [no loss", "probes: [elsewhere"),
             r"probes: arm 'elsewhere' is none of the first part's: loss, no loss",
         ),
-        (("primary: 3-D", "primary: 4-D"), r"primary: group '4-D' is not defined; known: 2-D, 3-D, Depth"),
+        (("group: 3-D", "group: 4-D"), r"primary: group '4-D' is not defined; known: 2-D, 3-D, Depth"),
+        (
+            ("pairs: [[loss, no loss]]}", "pairs: [[no loss, loss]]}"),
+            r"primary: no loss − loss is no pair of the first",
+        ),
+        (("Depth: [Depth]", "Depth: [Depths]"), r"groups: Depth is \['Depths'\]; expected tasks of Count, Relation, "),
+        (("  no loss: [", "  loss-: []\n  no loss: ["), r"arms: two names differ by punctuation alone"),
+        (("seeds: [1, 2]", "seeds: [2, 2]"), r"parts.1.seeds: a seed stands twice in \[2, 2\]"),
         (("seeds: [1, 2, 3]", "seeds: [1]"), r"protocol.yaml: parts.0.seeds: .*at least 2"),
         (("losses={}", "losses={colour: 1}"), r"stages.pretrain.losses: 'colour' is not defined here"),
         (('"stages', "stages"), r"protocol.yaml: while parsing a flow sequence .* line 7"),
@@ -145,7 +175,7 @@ def test_the_shipped_protocol_is_valid_in_all_its_arms():
     students = settings(protocol, base, [])
     assert len({setting.name for setting in students.values()}) == len(students)
     assert {arm for part in protocol.parts for arm in part.arms} == set(protocol.arms)
-    assert load_protocol(file).parts[0].pairs[0] == ("loss", "no loss")
+    assert load_protocol(file).primary.pairs[0] == ("loss", "no loss")
     control = students["other images' targets", 1]
     assert control.stages[0] == "featurize"
     assert all(other.stages[0] != "featurize" for (arm, _), other in students.items() if "other" not in arm)
