@@ -73,15 +73,20 @@ def bench(full_size: bool) -> dict[str, Any]:
     config = load_pipeline("demo", ["run_dir=runs/bench", "eval=null", "featurize.executor=inprocess", *sizes])
     corpora.build(config)
     run_pipeline(config)
-    result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH, **_demo_scale(config)}
-    result["memory_mib"] = _memory(config)
-    result["loaders"] = loaders.loaders(Path("runs/bench/loaders"))
-    result["operations"] = _operations()
-    result["scenes_per_second"] = {name: scenes_per_second(level) for name, level in LEVELS.items()}
-    result["throughput"] = throughput.throughput(Path("runs/bench"))
+    parts: dict[str, Callable[[], Any]] = {
+        "demo_scale": lambda: _demo_scale(config),
+        "memory_mib": lambda: _memory(config),
+        "loaders": lambda: loaders.loaders(Path("runs/bench/loaders")),
+        "operations": _operations,
+        "scenes_per_second": lambda: {name: scenes_per_second(level) for name, level in LEVELS.items()},
+        "throughput": lambda: throughput.throughput(Path("runs/bench")),
+    }
     if full_size:
-        result["full_size"] = _full_size()
-    replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())
+        parts["full_size"] = _full_size
+    result: dict[str, Any] = {**provenance(), "runs": RUNS, "batch": BATCH}
+    for name, measure in parts.items():
+        result[name] = measure()
+        replace(Path("runs/bench/bench.json"), json.dumps(result, indent=2).encode())  # whatever becomes of the rest
     _print(result)
     return result
 
@@ -291,14 +296,14 @@ def _print(result: dict[str, Any]) -> None:
     """The ratios as tables."""
     console = Console()
     console.print(result["machine"], highlight=False)
-    seconds = result["seconds"]
+    seconds, gap = result["demo_scale"]["seconds"], result["demo_scale"]["loss_gap"]
     for part, base in (("features", "features/stored"), ("step", "step/stored")):
         table = Table(part, "ms / image", f"× {base}", title=f"demo size, batch of {result['batch']}")
         for name, value in seconds.items():
             if name.startswith(part):
                 table.add_row(name, f"{1e3 * value / result['batch']:.2f}", f"{value / seconds[base]:.2f}")
         console.print(table)
-    console.print(f"loss with stored targets and with teachers online differs by {result['loss_gap']:.1e} (int8)")
+    console.print(f"loss with stored targets and with teachers online differs by {gap:.1e} (int8)")
     peaks = ", ".join(f"{name.partition('/')[2]}: {mib:.0f}" for name, mib in result["memory_mib"].items())
     console.print(f"peak memory of a process that makes such steps, MiB: {peaks}", highlight=False)
     loaders.show(result["loaders"], console)

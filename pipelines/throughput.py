@@ -235,7 +235,8 @@ def _pipeline(folder: Path, scenes: int, samples_per_tar: int) -> PipelineConfig
     data = f"data={{all: {{corpus: {folder}/corpus, targets: {folder}/targets, source: {source}}}}}"
     return load_pipeline(
         "demo",
-        [f"run_dir={folder}", data, "stages={}", "probe=null", "eval=null", f"featurize.workers={WORKERS}"]
+        [f"run_dir={folder}", data, "stages={}", "probe=null", "probe_tasks=null", "eval=null"]
+        + [f"featurize.workers={WORKERS}"]
         + [f"teachers.{task}.batch_size={BATCH}" for task in ("depth", "seg", "gen")],
     )
 

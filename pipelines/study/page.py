@@ -30,9 +30,9 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
         "",
         "![Gains in accuracy with their intervals](study.png)",
         "",
-        "Accuracies in %, gains in points, each with its 95 % interval: the outer ends of a two-way bootstrap over seeds "
-        "and images and of a t interval over seeds. They are for other seeds, of what is new in a "
-        "student and of the order, and other questions; not for other corpora, teachers or language models. Questions: "
+        "Accuracies in %, gains in points, each with its 95 % interval: the outer ends of a two-way bootstrap over "
+        "seeds and images and of a t interval over seeds. They are for other seeds, of what is new in a student and of "
+        "the order, and for other questions; not for other corpora, teachers or language models. Questions: "
         + ", ".join(f"{name} {count:,}" for name, count in found["questions"].items())
         + ".",
         "",
