@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,19 @@ def provenance() -> dict[str, Any]:
     if torch and torch.cuda.is_available():
         machine += f", {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     return {"commit": _commit(), "versions": versions, "machine": machine, "system": platform.platform()}
+
+
+def peak_memory_gib() -> float:
+    """The most memory in GiB that was resident in this process so far.
+
+    Linux counts what `getrusage` tells from the process that started this one; what it tells in `status` is its own.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak) / 2**20
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_rss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
 def _commit() -> str | None:

@@ -1,7 +1,6 @@
 """A run's folder (contract 3): what a stage was configured with, and whether it finished."""
 
 import json
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 from olavlm.config import PipelineConfig
 from olavlm.data.atomic import replace
 from olavlm.errors import OlaError
-from olavlm.provenance import provenance
+from olavlm.provenance import peak_memory_gib, provenance
 
 #: Stage keys that change how fast a stage runs, not what it computes (but for the last bits of a sum).
 _SPEED = {
@@ -108,10 +107,9 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
 
 def finish(folder: Path, summary: Mapping[str, Any]) -> None:
     """Mark a stage as finished: its summary, seconds since `begin`, peak memory of this process in GiB, provenance."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = time.monotonic() - _started[folder]
-    done = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak, 2), **summary, "provenance": provenance()}
-    replace(folder / "done.json", json.dumps(done, indent=2).encode())
+    done = {"seconds": round(seconds, 1), "peak_memory_gib": round(peak_memory_gib(), 2), **summary}
+    replace(folder / "done.json", json.dumps({**done, "provenance": provenance()}, indent=2).encode())
 
 
 def finished(folder: Path) -> dict[str, Any] | None:

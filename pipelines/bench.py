@@ -14,7 +14,6 @@
 
 import json
 import multiprocessing
-import resource
 import shutil
 import statistics
 import tempfile
@@ -47,7 +46,7 @@ from olavlm.data.images import decode_image
 from olavlm.data.targets import TargetStore
 from olavlm.model.configuration import parse_tasks
 from olavlm.model.distill import EmbeddingStack
-from olavlm.provenance import provenance
+from olavlm.provenance import peak_memory_gib, provenance
 from pipelines import corpus as corpora
 from pipelines import loaders, throughput
 from pipelines.demo_world.processes import scenes_per_second
@@ -133,7 +132,7 @@ def _peak(config: PipelineConfig, name: str) -> float:
     side = _sides(config, online="online" in name)[name]
     for _ in range(3):
         side()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return 2**10 * peak_memory_gib()
 
 
 def _sides(config: PipelineConfig, online: bool = True) -> dict[str, Callable[[], Any]]:

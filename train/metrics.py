@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import time
 from collections import Counter
 from datetime import timedelta
@@ -12,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from olavlm.provenance import peak_memory_gib
 
 #: Keys of a line that measure the machine, not the training; everything else is the same in a resumed run.
 TIME_KEYS = ("samples_per_s", "data_wait", "memory_gib", "gpu_memory_gib", "seconds")
@@ -153,7 +154,7 @@ def _truncate(file: Path, step: int) -> None:
 
 def _memory() -> dict[str, float]:
     """Peak memory of this process so far in GiB: resident, and of the GPU where there is one."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    resident = peak_memory_gib()
     if not torch.cuda.is_available():
         return {"memory_gib": resident}
     return {"memory_gib": resident, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}

@@ -109,8 +109,8 @@ def test_an_unfinished_study_answers_with_the_seeds_that_all_arms_have(protocol,
 
 
 def test_what_does_not_beat_every_arm_it_is_to_beat_is_not_shown_to_help(protocol, started, tmp_path):
-    text = protocol.read_text().replace("[[loss, no loss]]", "[[loss, no loss], [elsewhere, no loss]]")
-    protocol.write_text(text)
+    both = "[[loss, no loss], [elsewhere, no loss]]"
+    protocol.write_text(protocol.read_text().replace("[[loss, no loss]]", both))
     assert study(protocol, [], jobs=2) == 0
     assert "**not shown to help or to harm**" in (tmp_path / "run" / "study.md").read_text()
 
@@ -145,11 +145,11 @@ def test_nothing_is_written_before_there_is_a_student(protocol, started, tmp_pat
         ),
         (("group: 3-D", "group: 4-D"), r"primary: group '4-D' is not defined; known: 2-D, 3-D, Depth"),
         (
-            ("pairs: [[loss, no loss]]}", "pairs: [[no loss, loss]]}"),
+            ("3-D, pairs: [[loss, no loss]]", "3-D, pairs: [[no loss, loss]]"),
             r"primary: no loss − loss is no pair of the first",
         ),
         (("Depth: [Depth]", "Depth: [Depths]"), r"groups: Depth is \['Depths'\]; expected tasks of Count, Relation, "),
-        (("  no loss: [", "  loss-: []\n  no loss: ["), r"arms: two names differ by punctuation alone"),
+        (("  no loss: [", "  no-loss: []\n  no loss: ["), r"arms: two names differ by punctuation alone"),
         (("seeds: [1, 2]", "seeds: [2, 2]"), r"parts.1.seeds: a seed stands twice in \[2, 2\]"),
         (("seeds: [1, 2, 3]", "seeds: [1]"), r"protocol.yaml: parts.0.seeds: .*at least 2"),
         (("losses={}", "losses={colour: 1}"), r"stages.pretrain.losses: 'colour' is not defined here"),
