@@ -204,8 +204,8 @@ def test_a_point_is_where_the_view_puts_it(size: tuple[int, int], at: tuple[floa
         seen[seen < 130] = 0
     middle = np.array([left + 2.5, top + 2.5])
     expected = 96 * view_positions(middle, size, view, 96)
-    found = [(seen * (index + 0.5)).sum() / seen.sum() for index in np.indices(seen.shape)[::-1]]
     if expected.min() > 12 and expected.max() < 84:  # all of the patch is seen
+        found = [(seen * (index + 0.5)).sum() / seen.sum() for index in np.indices(seen.shape)[::-1]]
         assert found == pytest.approx(expected, abs=1)
 
 
