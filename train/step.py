@@ -74,6 +74,8 @@ def accumulate(
             if is_sharded(model):
                 _take_part(model, world)
             continue
+        follows = batch.labels[:, 1:]
+        predicting = (follows != IGNORED).any(0).nonzero().flatten()  # not an image's: no logits are made of those
         with torch.autocast(world.device.type, objective.autocast, enabled=objective.autocast is not None):
             out = model(
                 input_ids=batch.input_ids,
@@ -82,8 +84,9 @@ def accumulate(
                 predict=bool(objective.weights),
                 encoder_features=fed_features(model, found),
                 use_cache=False,
+                logits_to_keep=predicting,
             )
-        text = next_token_loss(out.logits, batch.labels, whole.tokens)
+        text = next_token_loss(out.logits, follows[:, predicting], whole.tokens)
         terms = {"text": text}
         loss = text
         if objective.weights:
@@ -115,20 +118,19 @@ def _take_part(model: OlaVlmForConditionalGeneration, world: World) -> None:
     (0 * logits.float().sum()).backward()
 
 
-def next_token_loss(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Cross-entropy of predicting each labelled token from the position before it, in fp32, divided by `count`.
+def next_token_loss(logits: Tensor, follows: Tensor, count: int) -> Tensor:
+    """Cross-entropy of predicting at each position the token that follows it, in fp32, divided by `count`.
 
     Args:
-        logits: (b, length, vocabulary).
-        labels: (b, length) int64, -100 where nothing is learned.
+        logits: (b, n, vocabulary) at n positions.
+        follows: (b, n) int64, the labels one position on; -100 where nothing is learned.
         count: labelled tokens in the global batch.
 
     Returns:
         fp32 scalar; exactly 0, with a graph, where nothing is labelled.
     """
-    labels = labels[:, 1:]
-    learned = labels != IGNORED  # only these rows are turned into fp32: the vocabulary is the largest tensor of all
-    total = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="sum")
+    learned = follows != IGNORED  # only these rows are turned into fp32: the vocabulary is the largest tensor of all
+    total = F.cross_entropy(logits[learned].float(), follows[learned], reduction="sum")
     return total / max(count, 1)
 
 

@@ -69,6 +69,20 @@ def test_gradient_checkpointing_changes_nothing(world: Any, read: Callable[[list
     assert_same(gradients(world, [batch]), gradients(world, [batch], gradient_checkpointing=True), 1e-6)
 
 
+def test_logits_are_made_only_where_a_token_is_learned_of_and_the_loss_is_that_of_all(
+    world: Any, read: Callable[[list[int]], MicroBatch]
+) -> None:
+    batch = read([6, 0, 3])
+    model, _ = student.create(world.config())
+    rows: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda head, given: rows.append(given[0].shape[1]))
+    terms, _ = accumulate(model, [batch], Objective(), ALONE)
+    assert rows[0] < batch.labels.shape[1] - model.config.image_seq_length
+    logits = model(batch.input_ids, batch.pixel_values, batch.attention_mask).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+    assert float(terms["text"]) == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_terms_are_named_and_add_up(world: Any, read: Callable[[list[int]], MicroBatch]) -> None:
     terms, grads = gradients(world, [read([6, 0, 1])])
     parts = ["depth/1", "depth/2", "gen/2"]
@@ -117,7 +131,8 @@ def test_next_token_loss_is_the_mean_over_the_global_count() -> None:
     logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
     labels[0, :3] = -100
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1), ignore_index=-100)
-    assert next_token_loss(logits, labels, int((labels[:, 1:] != -100).sum())) == pytest.approx(float(expected))
+    follows = labels[:, 1:]
+    assert next_token_loss(logits[:, :-1], follows, int((follows != -100).sum())) == pytest.approx(float(expected))
     nothing = next_token_loss(logits.requires_grad_(), torch.full((2, 5), -100), 0)
     assert nothing == 0
     nothing.backward()
