@@ -111,6 +111,8 @@ class _Table:
             unusable |= self.lacks(task)
         usable = ~np.array([unusable[a:b].any() for a, b in zip(starts, ends, strict=True)], bool)
         self.starts, self.ends = starts[usable], ends[usable]
+        self._index_rows = _structs(index)
+        self._commit_rows = {task: _structs(commit) for task, commit in commits.items()}
 
     def lacks(self, task: str) -> Rows:
         """Which rows are images without a target of `task`."""
@@ -130,9 +132,9 @@ class _Table:
 
     def sample(self, data: str, tar: Tar, number: int) -> Sample:
         """The `number`-th usable sample."""
-        start, count = int(self.starts[number]), int(self.ends[number] - self.starts[number])
-        rows = self.index.slice(start, count).to_pylist()
-        commits = {task: table.slice(start, count).to_pylist() for task, table in self.commits.items()}
+        span = range(int(self.starts[number]), int(self.ends[number]))
+        rows = [self._index_rows[i].as_py() for i in span]
+        commits = {task: [structs[i].as_py() for i in span] for task, structs in self._commit_rows.items()}
         images = [
             Image(
                 row["image_index"], row["image_offset"], row["image_bytes"], row["image_hash"],
@@ -142,6 +144,12 @@ class _Table:
         ]  # fmt: skip
         first = rows[0]
         return Sample(data, tar, first["key"], first["text_member"], first["text_offset"], first["text_bytes"], images)
+
+
+def _structs(table: pa.Table) -> pa.StructArray:
+    """The table by rows: one of them is a dict in a tenth of the time that a slice of the table takes."""
+    columns = [column.combine_chunks() for column in table.columns]
+    return pa.StructArray.from_arrays(columns, names=table.column_names)
 
 
 class Snapshot:
