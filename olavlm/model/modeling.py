@@ -301,11 +301,12 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
             encoder_tokens = self.project_features(encoder_features, layout.images)
             inputs_embeds = self.embed(input_ids, layout, self.image_features(pixel_values), encoder_tokens)
         layers = {layer for task in self.tasks for layer in task.layers} if predict else set()
+        without_cache = past_key_values is None and kwargs.get("use_cache") is False
         with self.capture(layers) as hidden:
             kwargs["return_dict"] = True
             output = super().forward(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=None if without_cache and _only_behind(attention_mask) else attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 labels=labels,
@@ -346,6 +347,18 @@ def parameter_groups(model: OlaVlmForConditionalGeneration) -> dict[str, list[tu
         part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
         groups[part].append((name, parameter))
     return groups
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at the mask
+def _only_behind(attention_mask: Tensor | None) -> bool:
+    """Whether all padding is behind the tokens, where no causal language model looks.
+
+    Then no mask need be given: what stands at the tokens is the same, and attention takes its causal kernel, which
+    skips half of the products and reads no mask of (B, 1, L, L).
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return False
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _projector(encoder: EncoderConfig, hidden_size: int) -> nn.Sequential:
