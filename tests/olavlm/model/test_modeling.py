@@ -97,28 +97,56 @@ def test_two_images_of_a_row_have_predictions_of_their_own(student: Student, ima
 
 
 @pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
 def test_published_defect_5_padding_changes_no_prediction(
-    student: Student, images: list[Image.Image], left: bool
+    student: Student, images: list[Image.Image], use_cache: bool, left: bool
 ) -> None:
     model, processor = student
-    alone = model(**batch(processor, ["<image> what"], images[:1]), predict=True)
-    padded = model(**batch(processor, ["<image> what"], images[:1], left=left, extra=9), predict=True)
+    how = {"predict": True, "use_cache": use_cache}
+    alone = model(**batch(processor, ["<image> what"], images[:1]), **how)
+    padded = model(**batch(processor, ["<image> what"], images[:1], left=left, extra=9), **how)
     beside = model(
-        **batch(processor, ["<image> what", "<image> " + "this is a ball " * 4], images[:2], left=left), predict=True
+        **batch(processor, ["<image> what", "<image> " + "this is a ball " * 4], images[:2], left=left), **how
     )
     for other in (padded, beside):
         for name, expected in flat(alone.predictions).items():
             assert_close(flat(other.predictions)[name][:1], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
-def test_left_and_right_padding_give_the_same_logits(student: Student, images: list[Image.Image]) -> None:
+def test_left_and_right_padding_give_the_same_logits(
+    student: Student, images: list[Image.Image], use_cache: bool
+) -> None:
     model, processor = student
     questions = ["<image> what <image>", "one", "<image> this is a ball"]
     sides = [batch(processor, questions, images, left=left, extra=2) for left in (True, False)]
-    left, right = (model(**inputs).logits[inputs["attention_mask"].bool()] for inputs in sides)
+    left, right = (model(**inputs, use_cache=use_cache).logits[inputs["attention_mask"].bool()] for inputs in sides)
     assert_close(left, right, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_behind_the_tokens_leaves_attention_its_causal_kernel(
+    student: Student, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = student
+    seen = []
+
+    def attend(
+        query: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool = False, **kwargs: Any
+    ) -> Tensor:
+        if query.shape[-2] != tower_tokens:
+            seen.append((attn_mask is None, is_causal))
+        return original(query, *args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    original = torch.nn.functional.scaled_dot_product_attention
+    tower_tokens = 16 + 1
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for left in (False, True):
+        model(**batch(processor, ["<image> what", "two"], images[:1], left=left), use_cache=False)
+    depth = model.config.llm.num_hidden_layers
+    assert seen == [(True, True)] * depth + [(False, False)] * depth
 
 
 @torch.no_grad()
