@@ -70,8 +70,8 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
 def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     """Every pair's gain and interval, a panel per group of several tasks; PNG."""
     gains = [gain for part in found["parts"] for gain in part["gains"] if gain["groups"]]
-    figure = Figure(figsize=(9, 1.2 + 0.32 * max(len(gains), 1)), layout="constrained", dpi=120)
-    names = [f"{gain['arm']}  vs  {gain['to']}" for gain in gains]
+    figure = Figure(figsize=(11, 1.2 + 0.32 * max(len(gains), 1)), layout="constrained", dpi=120)
+    names = [f"{gain['arm']}  −  {gain['to']}  ({len(gain['by_seed'])} seeds)" for gain in gains]
     groups = [name for name, tasks in protocol.groups.items() if len(tasks) > 1]
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group, color in zip(panels, groups, COLORS, strict=False):
@@ -80,10 +80,11 @@ def draw(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
             axes.plot([points.low, points.high], [row, row], color=color, linewidth=2)
             axes.plot(points.value, row, "o", color=color)
         axes.axvline(0, color="#888888", linewidth=0.8)
-        axes.set(title=f"{group} questions", xlabel="gain, percentage points", yticks=range(len(names)))
+        axes.set(title=f"{group} questions", yticks=range(len(names)))
         axes.set_yticklabels(names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.25)
+    figure.supxlabel("gain in accuracy with its 95 % interval, percentage points", fontsize="medium")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
