@@ -60,7 +60,7 @@ def stack_cosines(probed: Sequence[tuple[Mapping[str, str], Path]]) -> dict[str,
         table = pq.read_table(file)
         for arm, student in students.items():
             own = table.filter(pc.equal(table["student"], student)).sort_by("key")
-            for task, layer in {*zip(own["task"].to_pylist(), own["layer"].to_pylist(), strict=True)}:
+            for task, layer in sorted({*zip(own["task"].to_pylist(), own["layer"].to_pylist(), strict=True)}):
                 rows = own.filter(pc.and_(pc.equal(own["task"], task), pc.equal(own["layer"], layer)))
                 of_layer = found.setdefault(task, {}).setdefault(layer, {})
                 of_layer.setdefault(arm, []).append(rows["cosine"].to_numpy())
