@@ -301,14 +301,15 @@ class OlaVlmForConditionalGeneration(EmbeddingStack, LlavaForConditionalGenerati
             encoder_tokens = self.project_features(encoder_features, layout.images)
             inputs_embeds = self.embed(input_ids, layout, self.image_features(pixel_values), encoder_tokens)
         layers = {layer for task in self.tasks for layer in task.layers} if predict else set()
-        without_cache = past_key_values is None and kwargs.get("use_cache") is False
+        if past_key_values is not None:  # newer versions of transformers call it `cache`, and take one name only
+            kwargs["past_key_values"] = past_key_values
+        without_cache = kwargs.get("use_cache") is False and not {"past_key_values", "cache"} & kwargs.keys()
         with self.capture(layers) as hidden:
             kwargs["return_dict"] = True
             output = super().forward(
                 inputs_embeds=inputs_embeds,
                 attention_mask=None if without_cache and _only_behind(attention_mask) else attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 labels=labels,
                 logits_to_keep=logits_to_keep,
                 **kwargs,
