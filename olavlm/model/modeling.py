@@ -352,7 +352,7 @@ def parameter_groups(model: OlaVlmForConditionalGeneration) -> dict[str, list[tu
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at the mask
 def _only_behind(attention_mask: Tensor | None) -> bool:
-    """Whether all padding is behind the tokens, where no causal language model looks.
+    """Whether all padding of a (B, L) mask is behind the tokens, where no causal language model looks.
 
     Then no mask need be given: what stands at the tokens is the same, and attention takes its causal kernel, which
     skips half of the products and reads no mask of (B, 1, L, L).
