@@ -38,7 +38,7 @@ class Sizes:
     steps: dict[str, int]
 
 
-FULL = Sizes(12000, 1024, 6000, {"seg": 3000, "depth": 3600, "student": 2400, "gen": 1500, "llm": 2400, "cues": 3000})
+FULL = Sizes(12000, 1024, 6000, {"seg": 3000, "depth": 3600, "student": 1600, "gen": 1500, "llm": 3600, "cues": 3000})
 QUICK = Sizes(128, 256, 80, {"seg": 3, "student": 2, "depth": 2, "gen": 3, "llm": 2, "cues": 2})
 
 
@@ -141,10 +141,10 @@ class Job:
 
 #: The longest first.
 JOBS = {
+    "llm": Job("student/llm", language_model, seed=0),
     "seg": Job("seg", segmentation_teacher, seed=0),
     "depth": Job("depth", depth_teacher, seed=0),
     "student": Job("student/vision", student_tower, seed=1),
     "gen": Job("gen", generation_teacher, seed=2),
-    "llm": Job("student/llm", language_model, seed=0),
     "cues": Job("cues", cue_model, seed=0),
 }

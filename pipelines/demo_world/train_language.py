@@ -233,8 +233,8 @@ def train(
     def loss(chosen: NDArray[np.int64]) -> Tensor:
         nonlocal turn
         kind, turn = kinds[turn], turn + 1
-        ids, labels, mask = rows[kind].batch(chosen)
-        logits = model(inputs_embeds=blur(hear(model, ids), ids, pad), attention_mask=mask).logits
+        ids, labels, _ = rows[kind].batch(chosen)  # rows are padded behind: causal attention needs no mask
+        logits = model(inputs_embeds=blur(hear(model, ids), ids, pad)).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     seconds = fit("llm", list(model.parameters()), loss, fewest, batch, steps, lr=2e-3, seed=seed)

@@ -1,6 +1,8 @@
 """What ships in ``pipelines/demo_world/weights``: it loads the usual way, is small, and knows its world."""
 
+import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM, OneFormerForUniversalSegmentation, OneFormerProcessor
 
+from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import tell
 from pipelines.demo_world.card import model_card
 from pipelines.demo_world.features import decode, load_teachers, stored_targets
 from pipelines.demo_world.gates import Measured
 from pipelines.demo_world.make_teachers import GATES
+from pipelines.demo_world.places import LAYOUT, layout, segment_names
 from pipelines.demo_world.probes import miou
-from pipelines.demo_world.questions import text_only
+from pipelines.demo_world.questions import Question, deal_letters, text_only
 from pipelines.demo_world.recipe import FULL, JOBS
 from pipelines.demo_world.records import Record, sha256, weights_file
 from pipelines.demo_world.samples import Samples, render_samples
+from pipelines.demo_world.train_language import IGNORE, Chat, encode, hear
 
 WEIGHTS = Path(__file__).parents[3] / "pipelines" / "demo_world" / "weights"
 FOLDERS = ("depth", "seg", "gen/image_encoder", "student/vision", "student/llm")
@@ -131,3 +136,29 @@ def test_nothing_points_to_where_it_was_made() -> None:
     for file in WEIGHTS.rglob("*.json"):
         assert "/tmp" not in file.read_text()
         assert "/work" not in file.read_text()
+
+
+def test_language_model_answers_from_maps_what_is_asked_of_pictures() -> None:
+    """It must know numbers and all four directions before it sees: no student learns them in minutes."""
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "student" / "llm")
+    model = LlamaForCausalLM.from_pretrained(WEIGHTS / "student" / "llm", dtype=torch.float32).eval()
+    by_kind: dict[str, list[tuple[list[str], Question]]] = defaultdict(list)
+    for told in itertools.chain(*tell("gates", 120, 1, 1)):
+        seen = layout(told.rendering.panoptic, segment_names(told.scene, told.rendering))
+        for question in told.questions:
+            if question.task in ("Count", "Relation"):
+                by_kind[question.kind].append((seen, question))
+    assert len(by_kind) == 7
+    for kind, pairs in by_kind.items():
+        dealt = deal_letters([question for _, question in pairs[:60]], np.random.default_rng(0))
+        rows = encode([asked_of_a_map(seen, q) for (seen, _), q in zip(pairs, dealt, strict=False)], tokenizer)
+        with torch.no_grad():
+            best = model(inputs_embeds=hear(model, rows.ids)).logits[:, :-1].argmax(-1)
+        labels = rows.labels[:, 1:]
+        right = ((best == labels) | (labels == IGNORE)).all(1)
+        assert right.float().mean() > 0.8, kind
+
+
+def asked_of_a_map(seen: list[str], question: Question) -> Chat:
+    cells = tuple(f"{cell} row{i // LAYOUT + 1} column{i % LAYOUT + 1}" for i, cell in enumerate(seen))
+    return Chat(cells, 8, ((build_prompt(question.prompt).removeprefix("<image>\n"), question.reply),))
