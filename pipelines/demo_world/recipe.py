@@ -144,7 +144,7 @@ JOBS = {
     "llm": Job("student/llm", language_model, seed=0),
     "seg": Job("seg", segmentation_teacher, seed=0),
     "depth": Job("depth", depth_teacher, seed=0),
-    "student": Job("student/vision", student_tower, seed=1),
     "gen": Job("gen", generation_teacher, seed=2),
+    "student": Job("student/vision", student_tower, seed=1),
     "cues": Job("cues", cue_model, seed=0),
 }
