@@ -2,16 +2,18 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from olavlm.data.corpus import content_hash
 from olavlm.errors import OlaError
@@ -36,17 +38,35 @@ class Asked:
         _, images = np.unique(hashes, return_inverse=True)
         return cls([q.id for q in questions], np.array([q.task for q in questions]), images)
 
-    def read(self, replies: Path) -> Array:
-        """(questions,) float: 1 where the reply is right, from a run's ``replies.jsonl``.
+    def read(self, replies: Path) -> "Replies":
+        """A run's ``replies.jsonl``.
 
         Raises:
             OlaError: a question has no reply there.
         """
-        lines = [json.loads(line) for line in replies.read_text().splitlines()]
-        right = {line["id"]: float(line["parsed"] == line["answer"]) for line in lines}
-        if missing := [key for key in self.ids if key not in right]:
+        found = {line["id"]: line for line in map(json.loads, replies.read_text().splitlines())}
+        if missing := [key for key in self.ids if key not in found]:
             raise OlaError(f"{replies}: no reply to question {missing[0]} and {len(missing) - 1} more; ask again")
-        return np.array([right[key] for key in self.ids])
+        rows = []
+        for line in (found[key] for key in self.ids):
+            named = _named(line["reply"], line["choices"])
+            rows.append((line["parsed"] == line["answer"], named == line["answer"], named and named == line["parsed"]))
+        return Replies(*np.array(rows, dtype=bool).T.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What one student answered; (questions,) float each, 1 for yes."""
+
+    right: Array  # the option it chose is the right one: what counts
+    named: Array  # the words before the letter are the right choice's
+    fits: Array  # the letter is that of the choice which the words name
+
+
+def _named(reply: str, choices: Sequence[str]) -> str | None:
+    """The letter of the choice that a reply names in words; the demo world's look like ``red blue: 2 (C)``."""
+    words = re.sub(r"\s*\([A-Z]\)\W*$", "", reply).rpartition(":")[2].strip()
+    return ascii_uppercase[choices.index(words)] if words in choices else None
 
 
 def stack_cosines(probed: Sequence[tuple[Mapping[str, str], Path]]) -> dict[str, dict[int, dict[str, Array]]]:
@@ -117,6 +137,21 @@ def interval(values: Array, images: Array) -> Estimate:
     """
     both, seeds = two_way(values, images), over_seeds(values)
     return Estimate(both.value, min(both.low, seeds.low), max(both.high, seeds.high))
+
+
+def detectable(values: Array) -> float:
+    """The gain that `over_seeds` would show to differ from 0 in 8 of 10 studies with as many seeds, spread as these.
+
+    That of a two-sided t test, by the noncentral t distribution.
+
+    Args:
+        values: (students, questions), two students at least.
+    """
+    means = values.mean(1)
+    n, spread = len(means), float(means.std(ddof=1))
+    edge = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    shift = optimize.brentq(lambda shift: stats.nct.sf(edge, n - 1, shift) - 0.8, 0, 100)
+    return float(shift * spread / math.sqrt(n))
 
 
 def by_group(values: Array, asked: Asked, groups: Mapping[str, Sequence[str]]) -> dict[str, Estimate]:

@@ -16,19 +16,19 @@ from olavlm.eval.bootstrap import Estimate
 from olavlm.provenance import provenance
 from pipelines.results import read_json
 from pipelines.settings import Setting, run_all
-from pipelines.study.analysis import Array, Asked, by_group, interval, stack_cosines
-from pipelines.study.page import draw, write
+from pipelines.study.analysis import Array, Asked, Replies, by_group, detectable, interval, stack_cosines
+from pipelines.study.page import draw_accuracies, draw_gains, write
 from pipelines.study.protocol import Pair, Part, Protocol, open_study, pin, probes, settings
 
 #: Arm and seed.
 Key = tuple[str, int]
 
-#: By arm and seed (questions,) float, 1 where the reply is right.
-Right = dict[Key, Array]
+#: By arm and seed.
+Answers = dict[Key, Replies]
 
 
 def study(file: Path, overrides: list[str], jobs: int) -> int:
-    """Train and ask every student of a protocol, then write ``study.json``, ``study.md`` and ``study.png``.
+    """Train and ask every student of a protocol, then write ``study.json``, ``study.md`` and its figures.
 
     Stopped and started again, it does what is missing. What is not finished is left out of the answers: a pair is
     compared by the seeds that both arms have.
@@ -62,9 +62,10 @@ def study(file: Path, overrides: list[str], jobs: int) -> int:
     for name, stage in failed.items():
         console.print(f"[red]failed:[/red] {name}, in {stage}; the same command tries again")
     if any(_finished(setting) for setting in students.values()):
-        found = collect(protocol, base, students) | {"probes": _probes(protocol, probed)}
+        found = collect(protocol, base, students) | {"overrides": overrides, "probes": _probes(protocol, probed)}
         replace(folder / "study.json", json.dumps(found, indent=1, default=asdict).encode())
-        replace(folder / "study.png", draw(protocol, found))
+        replace(folder / "study.png", draw_gains(protocol, found))
+        replace(folder / "accuracy.png", draw_accuracies(protocol, found))
         replace(folder / "study.md", write(protocol, found).encode())
         console.print(str(folder / "study.md"))
     return code
@@ -76,7 +77,7 @@ def collect(protocol: Protocol, base: PipelineConfig, students: dict[Key, Settin
     assert base.eval.cv_bench is not None
     asked = Asked.of(cv_bench.load(base.eval.cv_bench, base.eval.limit))
     finished = {key: setting for key, setting in students.items() if _finished(setting)}
-    right = {key: asked.read(_evaluated(setting) / "replies.jsonl") for key, setting in finished.items()}
+    answers = {key: asked.read(_evaluated(setting) / "replies.jsonl") for key, setting in finished.items()}
     baselines = read_json(_evaluated(next(iter(finished.values()))) / "scores.json")["baselines"]
     first = protocol.parts[0]
     return {
@@ -85,74 +86,95 @@ def collect(protocol: Protocol, base: PipelineConfig, students: dict[Key, Settin
             name: {group: _expected(asked, rows, tasks) for group, tasks in protocol.groups.items()}
             for name, rows in baselines.items()
         },
-        "primary": [_gain(pair, first, protocol, asked, right) for pair in protocol.primary.pairs],
-        "parts": [_answer(part, protocol, asked, right) for part in protocol.parts],
+        "primary": [_gain(pair, first, protocol, asked, answers) for pair in protocol.primary.pairs],
+        "parts": [_answer(part, protocol, asked, answers) for part in protocol.parts],
+        "words": _words(first, asked, answers),
         "students": [_told(key, setting) for key, setting in finished.items()],
         **provenance(),
     }
 
 
-def _answer(part: Part, protocol: Protocol, asked: Asked, right: Right) -> dict[str, Any]:
+def _answer(part: Part, protocol: Protocol, asked: Asked, answers: Answers) -> dict[str, Any]:
     """One part's numbers: of an arm over the seeds that are finished, of a pair over those that both have."""
     accuracy = {}
     for arm in part.arms:
-        of_arm = [right[arm, seed] for seed in part.seeds if (arm, seed) in right]
+        of_arm = [answers[arm, seed].right for seed in part.seeds if (arm, seed) in answers]
         if len(of_arm) > 1:
-            accuracy[arm] = by_group(np.stack(of_arm), asked, protocol.groups)
+            found = by_group(np.stack(of_arm), asked, protocol.groups)
+            accuracy[arm] = {name: Estimate(e.value, max(e.low, 0), min(e.high, 1)) for name, e in found.items()}
     return {
         "question": part.question,
         "planned": part.seeds,
         "accuracy": accuracy,
-        "gains": [_gain(pair, part, protocol, asked, right) for pair in part.pairs],
+        "gains": [_gain(pair, part, protocol, asked, answers) for pair in part.pairs],
     }
 
 
-def _gain(pair: Pair, part: Part, protocol: Protocol, asked: Asked, right: Right) -> dict[str, Any]:
+def _gain(pair: Pair, part: Part, protocol: Protocol, asked: Asked, answers: Answers) -> dict[str, Any]:
     """How much more often the first arm is right, seed by seed and question by question."""
     arm, other = pair
     gains = {
-        seed: right[arm, seed] - right[other, seed]
+        seed: answers[arm, seed].right - answers[other, seed].right
         for seed in part.seeds
-        if (arm, seed) in right and (other, seed) in right
+        if (arm, seed) in answers and (other, seed) in answers
     }
-    decides = np.isin(asked.tasks, protocol.groups[protocol.primary.group])
-    return {
-        "arm": arm,
-        "to": other,
-        "by_seed": {seed: float(of_seed[decides].mean()) for seed, of_seed in gains.items()},
-        "groups": by_group(np.stack([*gains.values()]), asked, protocol.groups) if len(gains) > 1 else {},
-    }
+    told: dict[str, Any] = {"arm": arm, "to": other, "seeds": [*gains], "by_seed": {}, "groups": {}}
+    if len(gains) > 1:
+        values = np.stack([*gains.values()])
+        of_group = {name: values[:, np.isin(asked.tasks, tasks)] for name, tasks in protocol.groups.items()}
+        told["by_seed"] = {name: found.mean(1).tolist() for name, found in of_group.items()}
+        told["groups"] = by_group(values, asked, protocol.groups)
+        told["detectable"] = detectable(of_group[protocol.primary.group])
+    return told
+
+
+def _words(part: Part, asked: Asked, answers: Answers) -> dict[str, dict[str, dict[str, float]]]:
+    """Arm → task → how often the words before the letter name the right choice, and how often the letter fits them."""
+    found = {}
+    for arm in part.arms:
+        of_arm = [answers[arm, seed] for seed in part.seeds if (arm, seed) in answers]
+        if of_arm:
+            named, fits = (np.stack([getattr(one, of) for one in of_arm]) for of in ("named", "fits"))
+            found[arm] = {
+                str(task): {"named": float(named[:, here].mean()), "fits": float(fits[:, here].mean())}
+                for task in dict.fromkeys(asked.tasks)
+                for here in [asked.tasks == task]
+            }
+    return found
 
 
 def _told(key: Key, setting: Setting) -> dict[str, Any]:
-    """What a student was trained with, and how many of its replies name an option."""
+    """What a student was trained with, by which commit, and how many of its replies name an option."""
     stages = {stage: runs.finished(runs.stage_dir(setting.config, stage)) or {} for stage in setting.config.stages}
     return {
         "arm": key[0],
         "seed": key[1],
         "stages": {
-            stage: {name: done[name] for name in ("steps", "samples", "seconds")} for stage, done in stages.items()
+            stage: {name: done[name] for name in ("steps", "samples", "seconds", "final")}
+            for stage, done in stages.items()
         },
+        "commits": sorted({str(done["provenance"]["commit"]) for done in stages.values()}),
         "answered": read_json(_evaluated(setting) / "scores.json")["scores"]["micro"]["answered"],
     }
 
 
 def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]]) -> dict[str, Any]:
-    """Task → layer → arm → cosine, and gain on the first arm, over seeds and held-out images."""
+    """Task → layer → cosine by arm, and gains of the first part's pairs, over seeds and held-out images."""
     folders = {seed: runs.stage_dir(setting.config, "probe") for seed, (_, setting) in probed.items()}
     done = [seed for seed, folder in folders.items() if runs.finished(folder)]
     if len(done) < 2:
         return {}
     cosines = stack_cosines([(probed[seed][0], folders[seed] / "cosines.parquet") for seed in done])
-    first = protocol.probes[0]
+    pairs = [pair for pair in protocol.parts[0].pairs if {*pair} <= {*protocol.probes}]
     floor = read_json(folders[done[0]] / "probe.json")["floor"]
     return {
         task: {
             "floor": floor[task]["value"],
+            "images": next(iter(of_task[min(of_task)].values())).shape[1],
             "layers": {
                 layer: {
-                    arm: {"cosine": _mean(of_arm[arm]), "gain": _mean(of_arm[arm] - of_arm[first])}
-                    for arm in protocol.probes
+                    "cosine": {arm: _mean(of_arm[arm]) for arm in protocol.probes},
+                    "gains": [{"arm": arm, "to": to, "gain": _mean(of_arm[arm] - of_arm[to])} for arm, to in pairs],
                 }
                 for layer, of_arm in of_task.items()
             },

@@ -12,7 +12,7 @@ from scipy import stats
 from olavlm.errors import OlaError
 from olavlm.eval.bootstrap import Estimate
 from olavlm.eval.cv_bench import Question
-from pipelines.study.analysis import Asked, by_group, interval, over_seeds, two_way
+from pipelines.study.analysis import Asked, by_group, detectable, interval, over_seeds, two_way
 
 GROUPS = {"2-D": ["Count", "Relation"], "Depth": ["Depth"]}
 
@@ -78,11 +78,27 @@ def test_gains_are_kept_apart_by_task():
     assert found["Depth"].low < 0 < 1 < found["Depth"].high
 
 
+def test_a_gain_as_large_as_is_called_detectable_is_found_in_eight_of_ten_studies():
+    rng = np.random.default_rng(2)
+    size = detectable(np.array([[-1.0, 0, 1]]).T / np.std([-1, 0, 1], ddof=1))  # of three seeds that differ by 1
+    found = [over_seeds(rng.normal(size, 1, (3, 1))) for _ in range(2000)]
+    assert sum(estimate.low > 0 for estimate in found) / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def line(number, reply, parsed, answer="A"):
+    return {"id": f"q{number}", "reply": reply, "choices": ["red object", "2"], "parsed": parsed, "answer": answer}
+
+
 def test_replies_are_read_by_question_and_a_missing_one_is_named(tmp_path):
     file = tmp_path / "replies.jsonl"
-    lines = [{"id": f"q{i}", "parsed": parsed, "answer": "A"} for i, parsed in [(2, "A"), (0, None), (1, "B")]]
+    lines = [line(2, "red blue: 2 (A)", "A"), line(0, "red object (B)", "B"), line(1, "", None)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ASKED.read(file).tolist() == [0, 0, 1]
+    found = ASKED.read(file)
+    assert found.right.tolist() == [0, 0, 1]
+    assert found.named.tolist() == [1, 0, 0]  # "red object" is the right choice's words, (B) is not its letter
+    assert found.fits.tolist() == [0, 0, 0]
+    file.write_text("".join(json.dumps(line(i, "red object (A).", "A")) + "\n" for i in range(3)))
+    assert ASKED.read(file).fits.tolist() == [1, 1, 1]
     file.write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(OlaError, match=r"replies.jsonl: no reply to question q0 and 1 more"):
         ASKED.read(file)

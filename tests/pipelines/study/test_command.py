@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from olavlm.errors import OlaError
+from olavlm.provenance import provenance
 from pipelines.study.command import study
 from pipelines.study.protocol import load_protocol
 
@@ -44,6 +45,8 @@ def started(benchmark, replace_processes):
             lines = [
                 {
                     "id": f"{row['type']}/{row['idx']}",
+                    "reply": f"{row['choices'][ord(row['answer'][1]) - ord('A')]} (A)",
+                    "choices": [*row["choices"]],
                     "answer": row["answer"][1],
                     "parsed": row["answer"][1] if knows and row["type"] == "3D" else None,
                 }
@@ -63,7 +66,9 @@ def started(benchmark, replace_processes):
             ]
             pq.write_table(pa.Table.from_pylist(rows), folder / "cosines.parquet")
             (folder / "probe.json").write_text(json.dumps({"floor": {"depth": {"value": 0.25}}}))
-        return {"steps": 120, "samples": 480, "seconds": 60} if stage in config.stages else {}
+        final = {"loss": 2, "text": 1, "depth/1/smooth_l1": 0.25, "depth/2/smooth_l1": 0.75}
+        made = {"steps": 120, "samples": 480, "seconds": 60, "final": final}
+        return made if stage in config.stages else {}
 
     return replace_processes(leave)
 
@@ -79,16 +84,22 @@ def test_every_student_once_and_the_primary_question_is_answered_by_the_stated_r
     assert [stage for stage, _ in calls].count("featurize") == 2  # for all, and of the control's teachers
     page = (tmp_path / "run" / "study.md").read_text()
     assert "**Primary question**, 3-D questions: **it helps**." in page
-    assert "| loss − no loss | +100.0 [+100.0, +100.0] | +100.0 +100.0 +100.0 |" in page
+    assert f"its students were trained at commit {provenance()['commit']}. " in page
+    assert "| loss − no loss | +100.0 [+100.0, +100.0] | +100.0 +100.0 +100.0 | 0.0 |" in page
     assert "| elsewhere − no loss | 2 of 2 | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] | +0.0 [+0.0, +0.0] |" in page
-    assert "as 4 of the 9 gains below do" in page
+    assert "as 4 of the 9 gains in answers below do" in page
     assert "| *blind* | 50.0 | 50.0 | 50.0 |" in page
     assert "| no loss | 3 | 480 in 120 steps | 60 s | 480 in 120 steps | 60 s | 50.0% |" in page
-    with Image.open(tmp_path / "run" / "study.png") as figure:
-        assert figure.width > 500
+    assert "| loss | 100.0%, " in page  # what the words say
+    assert "| loss | 1.000 | 0.500 |" in page  # the last losses
+    for name in ("study.png", "accuracy.png"):
+        with Image.open(tmp_path / "run" / name) as figure:
+            assert figure.width > 400
     assert sorted(name for stage, name in calls if stage == "probe") == ["probes-1", "probes-2", "probes-3"]
-    assert "| no loss | 0.500 | 0.625 |\n| loss | +0.125 [+0.000, +0.250] | +0.125 [+0.000, +0.250] |" in page
-    assert "| *mean target* | 0.250 | 0.250 |" in page
+    assert "| depth, 2 images | layer 1 | layer 2 |" in page
+    assert "| no loss | 0.5000 | 0.6250 |\n| loss | 0.6250 | 0.7500 |\n" in page
+    assert "| loss − no loss | +0.1250 [+0.0000, +0.2500] | +0.1250 [+0.0000, +0.2500] |" in page
+    assert "| *mean target* | 0.2500 | 0.2500 |" in page
     found = json.loads((tmp_path / "run" / "study.json").read_text())
     assert found["parts"][1]["gains"][1]["groups"]["3-D"] == {"value": 1, "low": 1, "high": 1}
     before = list(calls)
