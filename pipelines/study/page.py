@@ -111,7 +111,7 @@ def draw_accuracies(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     panels[0].set_yticks(range(len(arms)), [*arms])
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
     figure.supxlabel("accuracy in % with its 95 % interval", fontsize="medium")
     return _png(figure)
 
