@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -89,6 +90,12 @@ def install(job: dict[str, Any], rank: int) -> None:
         assert all(parameters[name].to_local().numel() < parameters[name].numel() for name in sharded)
 
     before(stage, "_loop", check_slices)
+
+    def part(*_: Any) -> None:
+        if sys.exception():  # with NCCL it would wait here for ranks that wait for it
+            os._exit(70)
+
+    before(dist, "destroy_process_group", part)
 
 
 def fork(job: dict[str, Any], rank: int, port: int, output: int) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run, and its device."""
+    """This process among those of the run, and its device; a context manager that parts from them."""
 
     rank: int
     size: int
@@ -29,9 +30,16 @@ class World:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(int(os.environ.get("RANK", 0)), size, device)
 
-    def leave(self) -> None:
-        """Part from the other processes."""
-        if self.size > 1:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Part from the other processes; not on an error, which often is this one's alone.
+
+        On GPUs parting waits for what the others are at, and they wait for this process: the reason would never be
+        told. This way the process tells it and ends, and torchrun ends the others.
+        """
+        if self.size > 1 and error is None:
             dist.destroy_process_group()
 
     def barrier(self) -> None:

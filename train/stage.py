@@ -42,8 +42,7 @@ def run(config: PipelineConfig, stage: str) -> None:
     if runs.begin(folder, runs.depends_on(config, stage)):
         Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
         return
-    world = World.join()
-    try:
+    with World.join() as world:
         summary = _train(config, stage, settings, folder, world)
         if world.rank == 0:
             runs.finish(folder, summary)
@@ -54,8 +53,6 @@ def run(config: PipelineConfig, stage: str) -> None:
                     soft_wrap=True,
                 )
         world.barrier()
-    finally:
-        world.leave()
 
 
 def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, world: World) -> dict[str, Any]:
