@@ -2,12 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+#: How long a rank waits for another in a collective. Not NCCL's ten minutes: pinning a large corpus on an object store,
+#: writing a checkpoint of 100 GB and checking one are the first rank's alone. Of a rank that dies torchrun tells at once.
+_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class World:
             torch.cuda.set_device(device)
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         return cls(int(os.environ.get("RANK", 0)), size, device)
 
     def __enter__(self) -> Self:
