@@ -72,11 +72,13 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
 
     processor.view = stage.view
     adapters = student.adapt(model, stage.lora, config.seed) if stage.lora else None
-    parts = student.prepare(model, stage, world.device)
-    world.broadcast([parameter for pairs in parts.values() for _, parameter in pairs])
-    if stage.fully_shard:
+    if stage.fully_shard and world.size > 1:
+        student.prepare(model, stage, torch.device("cpu"))
         sharding.shard(model, world, student.autocast(stage))
         parts = student.trainable(model, stage)
+    else:
+        parts = student.prepare(model, stage, world.device)
+        world.broadcast([parameter for pairs in parts.values() for _, parameter in pairs])
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
     optimizer = _optimizer(parts, stage, world.device)
     done, counts = checkpoint.resume(folder / "checkpoints", parameters, optimizer, world)

@@ -223,7 +223,7 @@ def test_promise_5_resumable_on_any_number_of_ranks(
     # One step on each: as many ranks as it says, with or without slices, with other micro-batches.
     assert train("changing", stop=stop) == [130]
     assert train("changing", *shard, ranks=2, stop=stop) == [130, 130]
-    assert train("changing", "stages.pretrain.micro_batch=1", ranks=1 if sharded else 4, stop=stop)[0] == 130
+    assert train("changing", *shard, "stages.pretrain.micro_batch=1", ranks=1 if sharded else 4, stop=stop)[0] == 130
     assert train("changing", *shard, ranks=2) == [0, 0]
 
     expected, samples = timeless(tmp_path / "one" / "pretrain"), seen(tmp_path / "one-seen")

@@ -161,6 +161,12 @@ def test_promise_5_resumable_with_other_micro_batches_and_threads(
         assert line == pytest.approx(other, rel=2e-3)
 
 
+def test_one_process_holds_the_whole_model_whatever_fully_shard_says(world: Any, tmp_path: Path) -> None:
+    for name in ("true", "false"):
+        run(world.config(f"run_dir={tmp_path}/{name}", f"stages.pretrain.fully_shard={name}"), "pretrain")
+    assert weights(tmp_path / "true" / "pretrain") == weights(tmp_path / "false" / "pretrain")
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
