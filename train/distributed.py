@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-#: How long a rank waits for another in a collective. Not NCCL's ten minutes: pinning a large corpus on an object store,
-#: writing a checkpoint of 100 GB and checking one are the first rank's alone. Of a rank that dies torchrun tells at once.
+#: How long a rank waits for another in a collective. Not NCCL's ten minutes: the first one pins a large corpus on an
+#: object store, writes a checkpoint of 100 GB and checks one while the others wait. A rank that dies torchrun notices.
 _PATIENCE = timedelta(days=1)
 
 

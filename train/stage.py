@@ -7,8 +7,8 @@ import math
 import os
 import shutil
 import signal
+import time
 from contextlib import closing
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,9 @@ from train.loader import Loader, MicroBatch
 from train.order import Order, quotas, rank_share
 from train.snapshot import Request, Snapshot, find_data
 from train.step import Objective, accumulate, learning_rate
+
+#: Seconds within which a second signal to stop is taken for the first one, passed on twice.
+_SAME_STOP = 5.0
 
 
 def run(config: PipelineConfig, stage: str) -> None:
@@ -284,11 +287,17 @@ def _summary(
     }
 
 
-@dataclass
 class _Stop:
-    """While it is open, the first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+    """While it is open, a SIGINT or SIGTERM asks for a stop after the step; another, seconds later, stops at once.
 
-    asked: bool = False
+    Not sooner: under Slurm srun and torchrun both pass on the one that ends the job.
+    """
+
+    _first: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self._first is not None
 
     def __enter__(self) -> "_Stop":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -299,6 +308,7 @@ class _Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._first is None:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first >= _SAME_STOP:
             raise KeyboardInterrupt
-        self.asked = True

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,27 @@ def test_promise_5_resumable_after_an_interrupt(
     run(config, "pretrain")
     assert weights(broken) == weights(whole)
     assert timeless(broken) == timeless(whole)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(1, [2, 3]), (60, [2])])
+def test_promise_5_resumable_a_second_signal_stops_at_once_unless_it_is_the_first_passed_on_twice(
+    world: Any,
+    tmp_path: Path,
+    at_step: Callable[[int, Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    steps: list[int],
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        later = time.monotonic() + seconds
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(world.config(f"run_dir={tmp_path}"), "pretrain")
+    assert complete(tmp_path / "pretrain" / "checkpoints") == steps
 
 
 def test_promise_5_resumable_with_other_micro_batches_and_threads(
