@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
@@ -37,15 +37,16 @@ def run(config: PipelineConfig, stage: str) -> None:
     """Train a stage to its end, from its newest checkpoint if there is one; nothing happens if it has finished.
 
     Raises:
-        OlaError: bad configuration, data or targets; a loss that is not finite.
+        OlaError: bad configuration, data or targets; a loss that is not finite; somebody else trains this stage.
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
     settings = student.stage_config(config, stage)
     folder = runs.stage_dir(config, stage)
-    if runs.begin(folder, runs.depends_on(config, stage)):
-        Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
-        return
-    with World.join() as world:
+    with World.join() as world, runs.alone(folder) if world.rank == 0 else nullcontext():
+        world.barrier()  # whoever else is at work in the folder, no rank has changed anything in it
+        if runs.begin(folder, runs.depends_on(config, stage)):
+            Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
+            return
         summary = _train(config, stage, settings, folder, world)
         if world.rank == 0:
             runs.finish(folder, summary)

@@ -272,6 +272,23 @@ def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
     assert complete(folder) == [4, 6]
 
 
+def test_the_folder_of_a_stage_that_is_being_trained_is_left_alone(
+    world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None]
+) -> None:
+    """By a second job, even of another configuration."""
+    config, other = (world.config(f"run_dir={tmp_path}", *more) for more in ((), ("stages.pretrain.lr=1",)))
+
+    def again() -> None:
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        with pytest.raises(OlaError, match=f"{tmp_path}/pretrain: another process is at work in this folder"):
+            run(other, "pretrain")
+        assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
+    at_step(3, again)
+    run(config, "pretrain")
+    assert runs.finished(tmp_path / "pretrain")
+
+
 def test_a_stage_says_what_it_starts_from_is_missing(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}")
     with pytest.raises(OlaError, match=r"stages\.finetune\.init: pretrain has not finished"):
@@ -298,6 +315,6 @@ def test_losses_of_weight_zero_are_off(world: Any, tmp_path: Path) -> None:
 def test_a_refused_student_leaves_nothing_that_a_corrected_one_would_stumble_over(world: Any, tmp_path: Path) -> None:
     with pytest.raises(OlaError, match=r"depth\.layers: 9; expected integers from 1 to 2"):
         run(world.config(f"run_dir={tmp_path}", "student.layers.depth=[9]"), "pretrain")
-    assert [file.name for file in (tmp_path / "pretrain").iterdir()] == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path / "pretrain")) == [".lock", "config.yaml"]
     run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
     assert runs.finished(tmp_path / "pretrain")
