@@ -4,7 +4,6 @@ The loop in `_train` is the whole of it: fetch, forward, loss, backward, clip, s
 """
 
 import math
-import os
 import shutil
 import signal
 import time
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from olavlm import runs
 from olavlm.config import PipelineConfig, StageConfig
+from olavlm.data.folder import new_folder
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 from train import checkpoint, metrics, sharding, student
@@ -188,12 +188,10 @@ def export(
     if world.rank > 0:
         return
     model.model.vision_tower.to(dtype)  # never sharded; config.json states the dtype of its first parameter
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
-    processor.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could say that it was done
-    os.rename(temporary, folder)
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        processor.save_pretrained(temporary)
 
 
 def _optimizer(parts: student.Parts, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -272,6 +272,34 @@ def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
     assert complete(folder) == [4, 6]
 
 
+def test_what_snapshot_json_and_done_json_vouch_for_is_on_the_disk_before_them(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced, vouched = tmp_path / "pretrain", set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def state(stat: os.stat_result) -> tuple[int, int]:
+        return stat.st_ino, stat.st_mtime_ns
+
+    def note(fd: int) -> None:
+        fsync(fd)
+        synced.add(state(os.fstat(fd)))
+
+    def check(source: Path, target: Path) -> None:
+        files = {
+            "snapshot.json": [*folder.glob("*.npy"), *folder.glob("*.parquet")],
+            "done.json": [*folder.glob("model"), *folder.glob("model/*")],
+        }.get(target.name, [])
+        assert [file for file in files if state(file.stat()) not in synced] == []
+        vouched.append(len(files))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
+    assert [count > 2 for count in vouched if count] == [True, True]
+
+
 def test_the_folder_of_a_stage_that_is_being_trained_is_left_alone(
     world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None]
 ) -> None:
