@@ -1,8 +1,11 @@
 """A run's folder (contract 3): what a stage was configured with, and whether it finished."""
 
+import errno
+import fcntl
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,32 @@ def depends_on(config: PipelineConfig, stage: str) -> dict[str, Any]:
     read = {own["data"]: data[own["data"]]} if own["data"] else {}
     common = {"seed": seed, "data": read, "teachers": full["teachers"], "student": full["student"]}
     return common | {"trained": trained, stage: own}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a stage's folder until the block ends, or this process does, in whatever way.
+
+    The lock is the system's own, on the file ``.lock``. A file system that has none keeps nobody out.
+
+    Args:
+        folder: ``runs/<pipeline>/<stage>``; created if absent.
+
+    Raises:
+        OlaError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OlaError(
+                f"{folder}: another process is at work in this folder; wait for its end, or set another run_dir=…"
+            ) from None
+        except OSError as error:
+            if error.errno not in {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}:
+                raise
+        yield
 
 
 def begin(folder: Path, config: Mapping[str, Any]) -> bool:

@@ -43,8 +43,7 @@ def evaluate(config: PipelineConfig) -> None:
     if config.eval is None:
         raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench or mmstar: a folder")
     folder = runs.stage_dir(config, "evaluate")
-    world = World.join()
-    try:
+    with World.join() as world:
         if not runs.begin(folder, runs.depends_on(config, "evaluate")):
             asked = {key: BENCHMARKS[key].load(path, config.eval.limit) for key, path in config.eval.folders.items()}
             student = _load_student(config, config.eval.student)
@@ -57,8 +56,6 @@ def evaluate(config: PipelineConfig) -> None:
         if world.rank == 0:
             for key in config.eval.folders:
                 print_scores(BENCHMARKS[key], json.loads((folder / key / "scores.json").read_text()))
-    finally:
-        world.leave()
 
 
 def print_scores(benchmark: Benchmark, scores: dict[str, Any]) -> None:

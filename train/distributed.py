@@ -2,16 +2,22 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+#: How long a rank waits for another in a collective. Not NCCL's ten minutes: the first one pins a large corpus on an
+#: object store, writes a checkpoint of 100 GB and checks one while the others wait. A rank that dies torchrun notices.
+_PATIENCE = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run, and its device."""
+    """This process among those of the run, and its device; a context manager that parts from them."""
 
     rank: int
     size: int
@@ -26,12 +32,19 @@ class World:
             torch.cuda.set_device(device)
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
         return cls(int(os.environ.get("RANK", 0)), size, device)
 
-    def leave(self) -> None:
-        """Part from the other processes."""
-        if self.size > 1:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Part from the other processes; not on an error, which often is this one's alone.
+
+        On GPUs parting waits for what the others are at, and they wait for this process: the reason would never be
+        told. This way the process tells it and ends, and torchrun ends the others.
+        """
+        if self.size > 1 and error is None:
             dist.destroy_process_group()
 
     def barrier(self) -> None:

@@ -21,18 +21,22 @@ from train.distributed import World
 
 
 def shard(model: OlaVlmForConditionalGeneration, world: World, dtype: torch.dtype | None) -> None:
-    """Replace the language model's parameters by this rank's slices, in place; all ranks hold the same values before.
+    """Replace the language model's parameters by this rank's slices of the first rank's, in place.
+
+    The model gets to the device layer by layer, so that it never has to hold more than one of them whole.
 
     Args:
-        model: on its device, with its parameters' final dtypes.
-        world: every rank of it must call.
+        model: in main memory, with its parameters' final dtypes.
+        world: two ranks or more; every one must call.
         dtype: bfloat16 to gather and compute in; None for the parameters' own. Gradients are summed in fp32.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    whole = {p for name, p in model.named_parameters() if not name.startswith(PARTS["language_model"])}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.language_model.layers:
+        _settle(layer, world)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    _settle(model, world)
+    whole = {p for name, p in model.named_parameters() if not name.startswith(PARTS["language_model"])}
     root: Any = fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -43,6 +47,12 @@ def shard(model: OlaVlmForConditionalGeneration, world: World, dtype: torch.dtyp
             )  # without it a factor is applied by an operation of NCCL's own
     # Views among its outputs; nothing in the training step writes into an output.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+def _settle(module: nn.Module, world: World) -> None:
+    """Move a module to its device; what is trained of it, and not in slices yet, becomes the first rank's."""
+    module.to(world.device)
+    world.broadcast([p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)])
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from olavlm.config import PipelineConfig, View
 from olavlm.data.atomic import replace
 from olavlm.data.cache import Cache
 from olavlm.data.corpus import Corpus, Tar, content_hash, read_parquet
+from olavlm.data.folder import fsync
 from olavlm.data.manifest import listed, summaries
 from olavlm.data.targets import TargetSet, TargetStore
 from olavlm.errors import OlaError
@@ -300,6 +301,8 @@ def _pin(folder: Path, request: Request, corpora: dict[str, Corpus], targets: di
     np.save(folder / "group_keys.npy", np.concatenate(group_keys))
     pq.write_table(pa.Table.from_pylist(left_out, LEFT_OUT_SCHEMA), folder / "left_out.parquet")
     pq.write_table(pa.concat_tables(pinned), folder / "tars.parquet", compression="zstd")
+    for name in ("group_keys.npy", "left_out.parquet", "tars.parquet", "."):  # what snapshot.json vouches for
+        fsync(folder / name)
     counts = {str(key): count for key, count in _count(left_out).items()}
     asked = {"tasks": request.tasks, "encoders": request.encoders, "view": request.view}
     content = {**asked, "images": images, "left_out": counts, "data": data}

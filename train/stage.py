@@ -4,11 +4,10 @@ The loop in `_train` is the whole of it: fetch, forward, loss, backward, clip, s
 """
 
 import math
-import os
 import shutil
 import signal
-from contextlib import closing
-from dataclasses import dataclass
+import time
+from contextlib import closing, nullcontext
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from olavlm import runs
 from olavlm.config import PipelineConfig, StageConfig
+from olavlm.data.folder import new_folder
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 from train import checkpoint, metrics, sharding, student
@@ -29,21 +29,24 @@ from train.order import Order, quotas, rank_share
 from train.snapshot import Request, Snapshot, find_data
 from train.step import Objective, accumulate, learning_rate
 
+#: Seconds within which a second signal to stop is taken for the first one, passed on twice.
+_SAME_STOP = 5.0
+
 
 def run(config: PipelineConfig, stage: str) -> None:
     """Train a stage to its end, from its newest checkpoint if there is one; nothing happens if it has finished.
 
     Raises:
-        OlaError: bad configuration, data or targets; a loss that is not finite.
+        OlaError: bad configuration, data or targets; a loss that is not finite; somebody else trains this stage.
         KeyboardInterrupt: asked to stop; a checkpoint was written.
     """
     settings = student.stage_config(config, stage)
     folder = runs.stage_dir(config, stage)
-    if runs.begin(folder, runs.depends_on(config, stage)):
-        Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
-        return
-    world = World.join()
-    try:
+    with World.join() as world, runs.alone(folder) if world.rank == 0 else nullcontext():
+        world.barrier()  # whoever else is at work in the folder, no rank has changed anything in it
+        if runs.begin(folder, runs.depends_on(config, stage)):
+            Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
+            return
         summary = _train(config, stage, settings, folder, world)
         if world.rank == 0:
             runs.finish(folder, summary)
@@ -54,8 +57,6 @@ def run(config: PipelineConfig, stage: str) -> None:
                     soft_wrap=True,
                 )
         world.barrier()
-    finally:
-        world.leave()
 
 
 def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, world: World) -> dict[str, Any]:
@@ -75,11 +76,13 @@ def _train(config: PipelineConfig, name: str, stage: StageConfig, folder: Path, 
 
     processor.view = stage.view
     adapters = student.adapt(model, stage.lora, config.seed) if stage.lora else None
-    parts = student.prepare(model, stage, world.device)
-    world.broadcast([parameter for pairs in parts.values() for _, parameter in pairs])
-    if stage.fully_shard:
+    if stage.fully_shard and world.size > 1:
+        student.prepare(model, stage, torch.device("cpu"))
         sharding.shard(model, world, student.autocast(stage))
         parts = student.trainable(model, stage)
+    else:
+        parts = student.prepare(model, stage, world.device)
+        world.broadcast([parameter for pairs in parts.values() for _, parameter in pairs])
     parameters = {key: parameter for pairs in parts.values() for key, parameter in pairs}
     optimizer = _optimizer(parts, stage, world.device)
     done, counts = checkpoint.resume(folder / "checkpoints", parameters, optimizer, world)
@@ -185,12 +188,10 @@ def export(
     if world.rank > 0:
         return
     model.model.vision_tower.to(dtype)  # never sharded; config.json states the dtype of its first parameter
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
-    processor.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could say that it was done
-    os.rename(temporary, folder)
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        processor.save_pretrained(temporary)
 
 
 def _optimizer(parts: student.Parts, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -285,11 +286,17 @@ def _summary(
     }
 
 
-@dataclass
 class _Stop:
-    """While it is open, the first SIGINT or SIGTERM asks for a stop after the step; the second stops at once."""
+    """While it is open, a SIGINT or SIGTERM asks for a stop after the step; another, seconds later, stops at once.
 
-    asked: bool = False
+    Not sooner: under Slurm srun and torchrun both pass on the one that ends the job.
+    """
+
+    _first: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self._first is not None
 
     def __enter__(self) -> "_Stop":
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -300,6 +307,7 @@ class _Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._first is None:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first >= _SAME_STOP:
             raise KeyboardInterrupt
-        self.asked = True

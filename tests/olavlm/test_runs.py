@@ -1,5 +1,9 @@
 """A run's folder: finished stages are recognised, changed configurations refused by name."""
 
+import errno
+import fcntl
+import os
+
 import pytest
 
 from olavlm import runs
@@ -28,6 +32,24 @@ def test_a_configuration_that_produced_nothing_is_replaced(tmp_path):
     runs.begin(tmp_path, {"layers": [99]})
     assert not runs.begin(tmp_path, {"layers": [3]})
     assert "99" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_only_one_is_at_work_in_a_folder(tmp_path):
+    folder = tmp_path / "run" / "stage"
+    refused = pytest.raises(OlaError, match=f"{folder}: another process is at work")
+    with runs.alone(folder), refused, runs.alone(folder):
+        pass
+    with runs.alone(folder):
+        pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with runs.alone(tmp_path), runs.alone(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,16 @@ def test_promise_5_resumable_after_a_file_that_may_not_grow(
     assert_as_unbroken(tmp_path / "pretrain", whole)
 
 
+def test_the_reason_why_one_rank_fails_alone_is_told(
+    world: Any, processes: Callable[..., Any], whole: Path, tmp_path: Path
+) -> None:
+    """The first rank, while the other waits for its checkpoint."""
+    size = (whole / "checkpoints" / "step-4" / "optimizer.safetensors").stat().st_size
+    ended = processes("pretrain", world.file, f"run_dir={tmp_path}", ranks=2, largest=size - 1000)
+    assert ended.codes == [1, 1]
+    assert "File too large" in ended.output
+
+
 def seen(folder: Path) -> dict[int, list[str]]:
     """The samples of every step, over all ranks, and over all processes that came to it."""
     found: dict[int, set[str]] = {}
@@ -213,7 +223,7 @@ def test_promise_5_resumable_on_any_number_of_ranks(
     # One step on each: as many ranks as it says, with or without slices, with other micro-batches.
     assert train("changing", stop=stop) == [130]
     assert train("changing", *shard, ranks=2, stop=stop) == [130, 130]
-    assert train("changing", "stages.pretrain.micro_batch=1", ranks=1 if sharded else 4, stop=stop)[0] == 130
+    assert train("changing", *shard, "stages.pretrain.micro_batch=1", ranks=1 if sharded else 4, stop=stop)[0] == 130
     assert train("changing", *shard, ranks=2) == [0, 0]
 
     expected, samples = timeless(tmp_path / "one" / "pretrain"), seen(tmp_path / "one-seen")

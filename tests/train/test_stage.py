@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,27 @@ def test_promise_5_resumable_after_an_interrupt(
     assert timeless(broken) == timeless(whole)
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(1, [2, 3]), (60, [2])])
+def test_promise_5_resumable_a_second_signal_stops_at_once_unless_it_is_the_first_passed_on_twice(
+    world: Any,
+    tmp_path: Path,
+    at_step: Callable[[int, Callable[[], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    steps: list[int],
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        later = time.monotonic() + seconds
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_step(3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(world.config(f"run_dir={tmp_path}"), "pretrain")
+    assert complete(tmp_path / "pretrain" / "checkpoints") == steps
+
+
 def test_promise_5_resumable_with_other_micro_batches_and_threads(
     world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +181,12 @@ def test_promise_5_resumable_with_other_micro_batches_and_threads(
     assert timeless(threads) == timeless(whole)
     for line, other in zip(timeless(whole), timeless(micro), strict=True):
         assert line == pytest.approx(other, rel=2e-3)
+
+
+def test_one_process_holds_the_whole_model_whatever_fully_shard_says(world: Any, tmp_path: Path) -> None:
+    for name in ("true", "false"):
+        run(world.config(f"run_dir={tmp_path}/{name}", f"stages.pretrain.fully_shard={name}"), "pretrain")
+    assert weights(tmp_path / "true" / "pretrain") == weights(tmp_path / "false" / "pretrain")
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(
@@ -244,6 +272,51 @@ def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
     assert complete(folder) == [4, 6]
 
 
+def test_what_snapshot_json_and_done_json_vouch_for_is_on_the_disk_before_them(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced, vouched = tmp_path / "pretrain", set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def state(stat: os.stat_result) -> tuple[int, int]:
+        return stat.st_ino, stat.st_mtime_ns
+
+    def note(fd: int) -> None:
+        fsync(fd)
+        synced.add(state(os.fstat(fd)))
+
+    def check(source: Path, target: Path) -> None:
+        files = {
+            "snapshot.json": [*folder.glob("*.npy"), *folder.glob("*.parquet")],
+            "done.json": [*folder.glob("model"), *folder.glob("model/*")],
+        }.get(target.name, [])
+        assert [file for file in files if state(file.stat()) not in synced] == []
+        vouched.append(len(files))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
+    assert [count > 2 for count in vouched if count] == [True, True]
+
+
+def test_the_folder_of_a_stage_that_is_being_trained_is_left_alone(
+    world: Any, tmp_path: Path, at_step: Callable[[int, Callable[[], None]], None]
+) -> None:
+    """By a second job, even of another configuration."""
+    config, other = (world.config(f"run_dir={tmp_path}", *more) for more in ((), ("stages.pretrain.lr=1",)))
+
+    def again() -> None:
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        with pytest.raises(OlaError, match=f"{tmp_path}/pretrain: another process is at work in this folder"):
+            run(other, "pretrain")
+        assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
+    at_step(3, again)
+    run(config, "pretrain")
+    assert runs.finished(tmp_path / "pretrain")
+
+
 def test_a_stage_says_what_it_starts_from_is_missing(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}")
     with pytest.raises(OlaError, match=r"stages\.finetune\.init: pretrain has not finished"):
@@ -270,6 +343,6 @@ def test_losses_of_weight_zero_are_off(world: Any, tmp_path: Path) -> None:
 def test_a_refused_student_leaves_nothing_that_a_corrected_one_would_stumble_over(world: Any, tmp_path: Path) -> None:
     with pytest.raises(OlaError, match=r"depth\.layers: 9; expected integers from 1 to 2"):
         run(world.config(f"run_dir={tmp_path}", "student.layers.depth=[9]"), "pretrain")
-    assert [file.name for file in (tmp_path / "pretrain").iterdir()] == ["config.yaml"]
+    assert sorted(os.listdir(tmp_path / "pretrain")) == [".lock", "config.yaml"]
     run(world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1"), "pretrain")
     assert runs.finished(tmp_path / "pretrain")
