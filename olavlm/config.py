@@ -351,6 +351,7 @@ class PipelineConfig(Section):
         if self.probe_tasks and not self.probe:
             raise ValueError("probe_tasks: needs a probe section, whose probes predict the features")
         if self.eval:
+            known("eval.student", self.eval.student, self.stages)
             if self.eval.data is not None:
                 known("eval.data", self.eval.data, self.data)
             self._check_fed("eval.data", [self.eval.data])

@@ -97,8 +97,8 @@ def start(config: PipelineConfig, stage: str) -> Student:
     """The student that a stage starts from (``stages.<stage>.init``), in the stage's dtype.
 
     Raises:
-        OlaError: the stage to start from has not finished, its model lacks what this one's losses need, or is fed other
-            features.
+        OlaError: the stage to start from has not finished or has another configuration, its model lacks what this one's
+            losses need, or is fed other features.
     """
     settings = stage_config(config, stage)
     dtype = DTYPES.get(settings.dtype)
@@ -106,13 +106,7 @@ def start(config: PipelineConfig, stage: str) -> Student:
         raise OlaError(f"stages.{stage}.dtype: {settings.dtype} cannot train (its range is too small); use bfloat16")
     if settings.init is None:
         return create(config, dtype)
-    if settings.init in config.stages:
-        before = runs.stage_dir(config, settings.init)
-        if runs.finished(before) is None:
-            raise OlaError(f"stages.{stage}.init: {settings.init} has not finished in {before}; train it first")
-        folder = before / "model"
-    else:
-        folder = Path(settings.init)
+    folder = runs.require(config, settings.init) / "model" if settings.init in config.stages else Path(settings.init)
     model, processor = load(folder, dtype)
     _check_tasks(config, stage, folder, model)
     if model.config.encoders != encoders(config):

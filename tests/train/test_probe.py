@@ -36,7 +36,7 @@ def test_the_split_is_disjoint_and_complete(samples: int, held_out: float, seed:
 
 def test_every_student_layer_and_task_is_probed_on_the_same_images(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1")
-    with pytest.raises(OlaError, match="no model here"):
+    with pytest.raises(OlaError, match="pretrain has not finished"):
         probe(config)
     run(config, "pretrain")
     probe(config)

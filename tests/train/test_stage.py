@@ -18,6 +18,7 @@ from olavlm.errors import OlaError
 from train import stage as stages
 from train.checkpoint import complete
 from train.metrics import TIME_KEYS, read
+from train.probe import probe
 from train.stage import run
 
 
@@ -246,10 +247,26 @@ def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
 
 def test_a_stage_says_what_it_starts_from_is_missing(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}")
-    with pytest.raises(OlaError, match=r"stages\.finetune\.init: pretrain has not finished"):
+    with pytest.raises(OlaError, match="pretrain has not finished; run it first"):
         run(config, "finetune")
     with pytest.raises(OlaError, match=r"stages\.vpt: this pipeline has no such stage"):
         run(config, "vpt")
+
+
+def test_a_stage_does_not_start_from_one_of_another_configuration(world: Any, tmp_path: Path) -> None:
+    short = [f"run_dir={tmp_path}", "stages.pretrain.max_steps=1", "stages.finetune.max_steps=1"]
+    run(world.config(*short), "pretrain")
+    changed = world.config(*short, "stages.pretrain.losses={}")
+    for start in (lambda: run(changed, "finetune"), lambda: probe(changed)):
+        with pytest.raises(
+            OlaError, match=r"pretrain/config\.yaml .*stages\.pretrain\.losses\.gen: 0\.5 there, None now"
+        ):
+            start()
+    assert not (tmp_path / "probe").exists()
+    assert [file.name for file in (tmp_path / "finetune").iterdir()] == ["config.yaml"]
+    run(world.config(*short), "finetune")
+    folder = f"stages.finetune.init={tmp_path}/pretrain/model"  # what a folder was made with is another run's business
+    run(world.config(*short, f"run_dir={tmp_path}/other", "stages.pretrain.losses={}", folder), "finetune")
 
 
 def test_init_from_a_folder_checks_the_tasks(world: Any, tmp_path: Path) -> None:
