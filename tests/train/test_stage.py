@@ -224,6 +224,23 @@ def test_promise_8_nothing_lost_in_silence_what_is_cut_at_max_length_is_counted(
     assert counted[0][-1] == (48, 6, 6)
 
 
+def test_samples_without_room_for_an_answer_stop_no_stage(world: Any, tmp_path: Path) -> None:
+    """Every question about an image is too long: its targets are learned all the same, its answer is not."""
+    short = ("stages.pretrain.max_length=24", "stages.finetune.max_length=24")
+    config = world.config(
+        f"run_dir={tmp_path}", *short, "stages.finetune.global_batch=1", "stages.finetune.micro_batch=1"
+    )
+    run(config, "pretrain")
+    assert all(line["depth/1/smooth_l1"] > 0 for line in read(tmp_path / "pretrain"))
+    run(config, "finetune")
+    texts = [line["text"] for line in read(tmp_path / "finetune")]
+    assert len(texts) == 24
+    assert sum(text > 0 for text in texts) == 3  # of samples without an image; the others' steps learn nothing
+    done = runs.finished(tmp_path / "finetune")
+    assert done is not None
+    assert (done["samples_cut"], done["answers_cut"]) == (21, 21)
+
+
 def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
