@@ -195,7 +195,7 @@ class ProbeConfig(Section):
     batch: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 1e-3
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    max_length: Positive = 512
+    max_length: Positive = 512  # tokens of a sample beside its first image; images behind them are not probed
 
 
 class UnclipConfig(Section):

@@ -256,8 +256,8 @@ def _probe_student(
     means = {task: _Mean() for task in settings.tasks}
 
     def load(steps: range, share: Any) -> Loader:
-        read = list(snapshot.tasks)
-        return Loader(snapshot, probed.processor, read, settings.max_length, steps, lambda s: [share(s)], _THREADS)
+        read, length = list(snapshot.tasks), settings.max_length + len(probed.processor.image_block)
+        return Loader(snapshot, probed.processor, read, length, steps, lambda s: [share(s)], _THREADS)
 
     order = Order((len(train),), (len(train),), config.seed, settings.batch)
     steps = range(settings.steps)
