@@ -195,7 +195,7 @@ class ProbeConfig(Section):
     batch: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 1e-3
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    max_length: Positive = 512
+    max_length: Positive = 512  # tokens of a sample beside its first image; images behind them are not probed
 
 
 class UnclipConfig(Section):
@@ -351,6 +351,7 @@ class PipelineConfig(Section):
         if self.probe_tasks and not self.probe:
             raise ValueError("probe_tasks: needs a probe section, whose probes predict the features")
         if self.eval:
+            known("eval.student", self.eval.student, self.stages)
             if self.eval.data is not None:
                 known("eval.data", self.eval.data, self.data)
             self._check_fed("eval.data", [self.eval.data])

@@ -115,21 +115,11 @@ def begin(folder: Path, config: Mapping[str, Any]) -> bool:
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
-    plain = json.loads(json.dumps(config))
-    wanted = flat(plain)
     # Otherwise the stage was refused, or killed, before it produced anything.
     if any(path.name != file.name and not path.name.startswith(".") for path in folder.iterdir()):
-        found = flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
-        changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-        if changed:
-            what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed[:5])
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise OlaError(
-                f"{file} was made with another configuration ({what}{more}); "
-                "remove the folder to redo it, or set another run_dir=… to keep both"
-            )
+        _check_made_with(config, file)
     else:
-        replace(file, OmegaConf.to_yaml(OmegaConf.create(plain)).encode())
+        replace(file, OmegaConf.to_yaml(OmegaConf.create(_plain(config))).encode())
     _started[folder] = time.monotonic()
     return (folder / "done.json").exists()
 
@@ -147,6 +137,19 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def require(config: PipelineConfig, stage: str) -> Path:
+    """The folder of a stage whose result another one starts from.
+
+    Raises:
+        OlaError: it has not finished, or belongs to another configuration, as in `begin`.
+    """
+    folder = stage_dir(config, stage)
+    if finished(folder) is None:
+        raise OlaError(f"{folder}: {stage} has not finished; run it first (make {stage})")
+    _check_made_with(depends_on(config, stage), folder / "config.yaml")
+    return folder
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as ``{"a.b": value}``; lists are values."""
     if not isinstance(tree, dict):
@@ -155,3 +158,22 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for name, branch in tree.items():
         branches |= flat(branch, f"{prefix}.{name}" if prefix else str(name))
     return branches
+
+
+def _check_made_with(config: Mapping[str, Any], file: Path) -> None:
+    """Raise if the configuration in `file`, an absent one is empty, is another one."""
+    wanted = flat(_plain(config))
+    found = flat(OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else {}
+    changed = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
+    if changed:
+        what = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise OlaError(
+            f"{file} was made with another configuration ({what}{more}); "
+            "remove the folder to redo it, or set another run_dir=… to keep both"
+        )
+
+
+def _plain(config: Mapping[str, Any]) -> Any:
+    """What JSON makes of it, as it is compared and kept."""
+    return json.loads(json.dumps(config))

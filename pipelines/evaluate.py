@@ -37,8 +37,8 @@ def evaluate(config: PipelineConfig) -> None:
     questions. `replies.jsonl` ends up in the benchmark's order, each raw reply with what was read from it.
 
     Raises:
-        OlaError: the pipeline has no `eval` section, the student is not trained, a benchmark is not there, or not the
-            features of its images that the student is fed.
+        OlaError: the pipeline has no `eval` section, the student is not trained or was with another configuration, a
+            benchmark is not there, or not the features of its images that the student is fed.
     """
     if config.eval is None:
         raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench or mmstar: a folder")
@@ -132,9 +132,9 @@ def _facts(question: Question) -> dict[str, Any]:
 
 def _load_student(config: PipelineConfig, stage: str) -> Student:
     """A finished stage's exported model and its processor, on the accelerator if there is one."""
-    folder = runs.stage_dir(config, stage) / "model"
+    folder = runs.require(config, stage) / "model"
     if not (folder / "config.json").is_file():
-        raise OlaError(f"eval.student: {stage!r} has no model in {folder}; train it first (make {stage})")
+        raise OlaError(f"eval.student: {stage!r} has finished, but there is no model in {folder} any more")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = OlaVlmForConditionalGeneration.from_pretrained(folder, dtype="auto")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

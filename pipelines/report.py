@@ -139,12 +139,9 @@ def _layers(config: PipelineConfig, keys: Sequence[str]) -> tuple[dict[str, Any]
     stage = next((name for name, settings in config.stages.items() if any(settings.losses.values())), None)
     if stage is None:
         return {}, "no stage of this pipeline has embedding losses"
-    folder = runs.stage_dir(config, stage) / "model"
-    if not folder.is_dir():
-        return {}, f"no model in {folder} yet"
     held_out = config.probe is not None and config.probe.data not in config.stages[stage].data
     try:
-        student = load_student(folder)
+        student = load_student(runs.require(config, stage) / "model")
         jobs = {job.name: job for job in open_jobs(config)}
         wanted = config.probe.data if config.probe and held_out else next(iter(jobs))
         job = jobs.get(wanted)

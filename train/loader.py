@@ -116,7 +116,13 @@ class Loader:
             share: the samples of a step, as this rank's micro-batches.
             threads: micro-batches made at the same time.
             pin_memory: for faster copies to a GPU.
+
+        Raises:
+            OlaError: `max_length` has no room for any of the data's images.
         """
+        block = len(processor.image_block)
+        if max_length < block and any(tar.images for corpus in snapshot.corpora.values() for tar in corpus.tars):
+            raise OlaError(f"max_length: {max_length}; an image with its task tokens takes {block} tokens")
         self._snapshot, self._processor, self._tasks = snapshot, processor, tasks
         self._max_length, self._share, self.steps = max_length, share, steps
         self._threads, self._pin = threads, pin_memory

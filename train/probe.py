@@ -80,7 +80,8 @@ def probe(config: PipelineConfig) -> None:
     ``predictors/<student>/<task>-<layer>.safetensors``, and ``mean.safetensors``, the mean target of each task.
 
     Raises:
-        OlaError: no `probe` section, a student that is not trained yet or not of the others' kind, missing targets.
+        OlaError: no `probe` section, a student that is not trained yet, or not as configured, or not of the others'
+            kind, missing targets.
     """
     settings = _settings(config)
     world = World.join()
@@ -255,8 +256,8 @@ def _probe_student(
     means = {task: _Mean() for task in settings.tasks}
 
     def load(steps: range, share: Any) -> Loader:
-        read = list(snapshot.tasks)
-        return Loader(snapshot, probed.processor, read, settings.max_length, steps, lambda s: [share(s)], _THREADS)
+        read, length = list(snapshot.tasks), settings.max_length + len(probed.processor.image_block)
+        return Loader(snapshot, probed.processor, read, length, steps, lambda s: [share(s)], _THREADS)
 
     order = Order((len(train),), (len(train),), config.seed, settings.batch)
     steps = range(settings.steps)
@@ -334,13 +335,13 @@ def _open_student(config: PipelineConfig, name: str) -> student.Student:
 
 
 def _model_folder(config: PipelineConfig, name: str) -> Path:
-    """Where a student's model is, or will be once its stage has run.
+    """Where a student's model is.
 
     Raises:
-        OlaError: neither a stage nor a model folder.
+        OlaError: neither a model folder nor a stage that has finished with this configuration.
     """
     if name in dict(config.stages):
-        return runs.stage_dir(config, name) / "model"
+        return runs.require(config, name) / "model"
     if not (Path(name) / "config.json").is_file():
         known = ", ".join(["initial", *config.stages])
         raise OlaError(f"probe.students: {name!r} is no model folder (config.json is missing) and none of {known}")

@@ -97,22 +97,23 @@ def start(config: PipelineConfig, stage: str) -> Student:
     """The student that a stage starts from (``stages.<stage>.init``), in the stage's dtype.
 
     Raises:
-        OlaError: the stage to start from has not finished, its model lacks what this one's losses need, or is fed other
-            features.
+        OlaError: the stage to start from has not finished or has another configuration, its model lacks what this one's
+            losses need, or is fed other features; samples may be longer than the language model's context.
     """
     settings = stage_config(config, stage)
     dtype = DTYPES.get(settings.dtype)
     if dtype is None:
         raise OlaError(f"stages.{stage}.dtype: {settings.dtype} cannot train (its range is too small); use bfloat16")
-    if settings.init is None:
-        return create(config, dtype)
-    if settings.init in config.stages:
-        before = runs.stage_dir(config, settings.init)
-        if runs.finished(before) is None:
-            raise OlaError(f"stages.{stage}.init: {settings.init} has not finished in {before}; train it first")
-        folder = before / "model"
-    else:
-        folder = Path(settings.init)
+    model, processor = create(config, dtype) if settings.init is None else _init(config, stage, settings.init, dtype)
+    context = model.config.llm.max_position_embeddings
+    if settings.max_length > context:
+        raise OlaError(f"stages.{stage}.max_length: {settings.max_length}; the language model's context has {context}")
+    return model, processor
+
+
+def _init(config: PipelineConfig, stage: str, init: str, dtype: torch.dtype) -> Student:
+    """The model of the stage, or in the folder, that a stage starts from."""
+    folder = runs.require(config, init) / "model" if init in config.stages else Path(init)
     model, processor = load(folder, dtype)
     _check_tasks(config, stage, folder, model)
     if model.config.encoders != encoders(config):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 #: Kept beside every reply; raise it whenever a reply could be read differently than before.
-PARSER_VERSION = 2
+PARSER_VERSION = 3
 
-# A bare letter is an option only where no article, pronoun or initial can stand: before the end, punctuation, a reason.
-# Upper-case letters that are no English word may also stand before any word ("B it is").
-_ENDS = r"(?=\s*(?:$|[.,;:)\]}!?\"\n]|[-–—]\s|(?:because|since|as|for)\b))"
+# A bare letter is an option only where no article, pronoun or initial can stand: before the end, punctuation, a reason,
+# a verdict. Upper-case letters that are no English word may also stand before any word ("B it is").
+_RIGHT = r"(?:the\s+)?(?:correct|right|answer|best)\b"
+_ENDS = rf"(?=\s*(?:$|[.,;:)\]}}!?\"\n]|[-–—]\s|(?:because|since|as|for)\b|is\s+{_RIGHT}))"
 _LETTER = (
     r"(?:[(\[{]\s*(?P<bracketed>[A-Za-z])\s*[)\]}]"
     rf"|(?<![\w'’-])(?:(?P<bare>[A-Za-z]){_ENDS}|(?P<capital>(?-i:[B-HJ-Z]))(?=\s)))"
@@ -31,9 +32,10 @@ _MARKED = re.compile(
     r"|(?<=\s)(?<!or )(?<!and )(?<!as )((?-i:[A-Z]))(?=[.!]?\Z)",
     re.IGNORECASE,
 )
+_NAMED = r"(?:[(\[]\s*[A-Za-z]\s*[)\]]|(?<![\w'’-])(?-i:[A-Z])\b)"
 _RULED_OUT = re.compile(
     r"(?:\bnot|n['’]t|\bneither|\bnor|\bnever|\bthan)\s+(?:the\s+)?(?:answer\s+|option\s+|choice\s+)?"
-    r"(?:[(\[]\s*[A-Za-z]\s*[)\]]|(?-i:[A-Z])\b)",
+    rf"{_NAMED}|{_NAMED}\)?\s+is(?:\s+(?:wrong|incorrect|false)\b|(?:\s+not|n['’]t)\s+{_RIGHT})",
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(r"\s*(?:,|/|&|or\b|and\b)?\s*" + _LETTER, re.IGNORECASE)
@@ -45,11 +47,11 @@ _ECHOED_EXAMPLE = re.compile(r"(?:for example,?\s*)?\bif your answer is[^.]*\.?"
 def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that `reply` names, or None if it names none or more than one.
 
-    The first of these that finds an option decides:
+    The first of these that finds an option decides; 2 to 4 pass over what is ruled out ("not (A)", "(A) is wrong"):
 
     1. the reply is nothing but one letter, or nothing but one choice's text;
     2. the last explicit statement: "the answer is (B)", "Answer: B", "I choose B";
-    3. a leading option: "(B) because …", "b) the chair";
+    3. a leading option: "(B) because …", "b) the chair", "A is correct";
     4. the only option marked anywhere, or a last bare letter: "It must be (B)", "The closest is B.";
     5. the only choice whose text occurs, in a reply that negates nothing: "It is the chair."
 
@@ -70,13 +72,14 @@ def parse_choice(reply: str, choices: Sequence[str]) -> str | None:
     if bare and texts.count(bare) == 1:
         return letters[texts.index(bare)]
 
-    stated = [match for match in _STATED.finditer(text) if _letter(match) in set(letters)]
+    left = _RULED_OUT.sub(" ", text)
+    stated = [match for match in _STATED.finditer(left) if _letter(match) in set(letters)]
     if stated:
         return _alone(stated[-1], _OR, letters)
-    leading = _LEADING.match(text)
+    leading = _LEADING.match(left)
     if leading and _letter(leading) in set(letters):
         return _alone(leading, _ALTERNATIVE, letters)
-    marked: set[str] = {max(groups).upper() for groups in _MARKED.findall(_RULED_OUT.sub(" ", text))} & set(letters)
+    marked: set[str] = {max(groups).upper() for groups in _MARKED.findall(left)} & set(letters)
     if marked:
         return marked.pop() if len(marked) == 1 else None
     if not _NEGATED.search(text):

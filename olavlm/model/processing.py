@@ -193,8 +193,9 @@ class OlaVlmProcessor(ProcessorMixin):
         of the answer; what it writes behind the end of an answer (Phi-3's end of text) is not.
 
         A conversation longer than `max_length` is cut behind the last answer that fits, and inside the first answer
-        where not even that one does. The images of turns cut off are gone: what remains needs the first
-        `images_in(input_ids)`.
+        where not even that one does. Where the first question leaves no room for an answer, nothing is learned of the
+        text, and the question is cut, but never inside an image. The images of what is cut off are gone: what remains
+        needs the first `images_in(input_ids)`.
 
         Args:
             turns: as for `prompt`, with one answer at least.
@@ -204,8 +205,7 @@ class OlaVlmProcessor(ProcessorMixin):
             Token ids, labels, and how many answers were lost in the cut.
 
         Raises:
-            OlaError: no answer, an unknown speaker, task tokens in the text, a question that leaves no room for its
-                answer.
+            OlaError: no answer, an unknown speaker, task tokens in the text.
         """
         messages = _messages(turns)
         while messages and messages[-1]["role"] != "assistant":
@@ -217,10 +217,13 @@ class OlaVlmProcessor(ProcessorMixin):
         input_ids: list[int] = []
         labels: list[int] = []
         ends: list[int] = []  # of each answer's turn, in tokens
+        images: list[int] = []  # where each image's block starts
         for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             while len(ends) < len(spans) and start >= spans[len(ends)].turn_end:
                 ends.append(len(input_ids))
             answer = spans[min(len(ends), len(spans) - 1)]
+            if token == self.image_token_id:
+                images.append(len(input_ids))
             expanded = self._expand(token)
             learn = start < answer.end and end > answer.start and token != self.image_token_id
             input_ids += expanded
@@ -228,11 +231,8 @@ class OlaVlmProcessor(ProcessorMixin):
         ends += [len(input_ids)] * (len(spans) - len(ends))
         fitting = [end for end in ends if end <= max_length]
         cut = fitting[-1] if fitting else max_length
-        kept, learned = input_ids[:cut], labels[:cut]
-        if all(label == IGNORE for label in learned):
-            first_label = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
-            raise OlaError(f"max_length: {max_length}; the first question alone takes {first_label} tokens")
-        return Encoded(torch.tensor(kept), torch.tensor(learned), len(ends) - len(fitting))
+        cut = next((start for start in images if start < cut < start + len(self.image_block)), cut)
+        return Encoded(torch.tensor(input_ids[:cut]), torch.tensor(labels[:cut]), len(ends) - len(fitting))
 
     def images_in(self, input_ids: Tensor) -> int:
         """How many images a sequence of token ids has room for."""

@@ -34,8 +34,8 @@ def probe_tasks(config: PipelineConfig) -> None:
     with the students that are missing. Generated images are kept in ``probe_tasks/images/<student>/<task>-<layer>``.
 
     Raises:
-        OlaError: no `probe_tasks` section, probes that are not trained, truths that are missing or not as they should
-            be, no teacher that decodes to what they are about.
+        OlaError: no `probe_tasks` section, probes that are not trained or of another configuration, truths that are
+            missing or not as they should be, no teacher that decodes to what they are about.
     """
     settings = config.probe_tasks
     if settings is None or config.probe is None:
@@ -45,8 +45,7 @@ def probe_tasks(config: PipelineConfig) -> None:
     if runs.begin(folder, runs.depends_on(config, "probe_tasks")):
         _print(json.loads(file.read_text()))
         return
-    if runs.finished(runs.stage_dir(config, "probe")) is None:
-        raise OlaError(f"{runs.stage_dir(config, 'probe')}: no finished probes; run the probe stage first (make probe)")
+    runs.require(config, "probe")
     for truth in dict.fromkeys(settings.folders.values()) if settings.scenes else ():
         if not Path(truth).exists():
             write_truth(Path(truth), settings.scenes or 0, config.seed, settings.level)

@@ -46,6 +46,7 @@ INT4_WIDTH = "teachers.depth.codec: int4 scales groups of 32 values, width is 48
         ("stages.pretrain.micro_batch=5", "stages.pretrain.micro_batch: 5 does not divide global_batch"),
         ("data.pretrain.targets=null", "data.pretrain.targets: stage pretrain has embedding losses and needs a store"),
         ("eval.cv_bench=null", "eval: no benchmark; expected cv_bench or mmstar: a folder"),
+        ("eval.student=vpt", "eval.student: 'vpt' is not defined here; known: finetune, pretrain"),
         ("eval={mmstar: a, scenes: 5}", "eval.scenes: they are rendered into the folder of eval.cv_bench"),
         ("no-equals-sign", "expected key.path=value"),
     ],

@@ -94,6 +94,14 @@ def test_one_question_for_scripts(run: Run, student: Path, picture: Path) -> Non
     assert found == (0, expected + "\n", "")
 
 
+def test_the_readmes_own_code_gives_the_reply_alone(student: Path, picture: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.partition("## The student in your own code")[2].split("```")[1].removeprefix("python\n")
+    names: dict[str, Any] = {"image": load_image(picture)}
+    exec(code.replace("runs/demo/finetune/model", str(student)), names)
+    assert names["reply"].strip() == reply(student, picture, [human("<image>\nDescribe the image.")], 64)
+
+
 def test_one_question_per_line_with_the_history_kept(run: Run, student: Path, picture: Path) -> None:
     first = reply(student, picture, [human("<image>\nHow many chair ?")])
     turns = [human("<image>\nHow many chair ?"), {"from": "gpt", "value": first}, human("table ?")]

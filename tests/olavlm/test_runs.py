@@ -28,6 +28,22 @@ def test_changed_configuration_is_refused_by_name(tmp_path):
         runs.begin(tmp_path, {"stage": {"lr": 0.2, "data": ["x"]}})
 
 
+def test_a_stage_that_others_start_from_must_be_as_configured(tmp_path):
+    where = f"run_dir={tmp_path}"
+    config = load_pipeline("demo", [where])
+    with pytest.raises(OlaError, match=r"pretrain: pretrain has not finished; run it first \(make pretrain\)"):
+        runs.require(config, "pretrain")
+    runs.begin(tmp_path / "pretrain", runs.depends_on(config, "pretrain"))
+    runs.finish(tmp_path / "pretrain", {})
+    assert runs.require(config, "pretrain") == tmp_path / "pretrain"
+    runs.require(load_pipeline("demo", [where, "stages.finetune.lr=0.5", "stages.pretrain.keep=9"]), "pretrain")
+    changed = load_pipeline("demo", [where, "stages.pretrain.losses={}"])
+    with pytest.raises(
+        OlaError, match=r"pretrain/config\.yaml was .*\(stages\.pretrain\.losses\.depth: 0\.5 there, None now"
+    ):
+        runs.require(changed, "pretrain")
+
+
 def test_a_configuration_that_produced_nothing_is_replaced(tmp_path):
     runs.begin(tmp_path, {"layers": [99]})
     assert not runs.begin(tmp_path, {"layers": [3]})

@@ -17,10 +17,10 @@ from pipelines.report import report
 
 
 @pytest.fixture
-def student(config: PipelineConfig, tiny_student: tuple[Any, Any]) -> Path:
+def student(config: PipelineConfig, tiny_student: tuple[Any, Any], finish: Callable[..., Path]) -> Path:
     """An exported model where fine-tuning would have left it."""
     torch.set_num_threads(1)
-    folder = Path(config.run_dir) / "finetune" / "model"
+    folder = finish("finetune") / "model"
     for part in tiny_student:
         part.save_pretrained(folder)
     return folder
@@ -110,13 +110,22 @@ def test_ranks_of_torchrun_share_the_questions(
 @pytest.mark.usefixtures("benchmark")
 def test_what_is_missing_is_named(config: PipelineConfig, student: Path, tmp_path: Path) -> None:
     (student / "config.json").unlink()
-    with pytest.raises(OlaError, match=r"eval\.student: 'finetune' has no model in .*train it first \(make finetune\)"):
+    with pytest.raises(OlaError, match=r"eval\.student: 'finetune' has finished, but there is no model in .* any more"):
+        evaluate(config)
+    (student.parent / "done.json").unlink()
+    with pytest.raises(OlaError, match=r"finetune has not finished; run it first \(make finetune\)"):
         evaluate(config)
     (tmp_path / "cv_bench" / "test_3d.parquet").unlink()
     with pytest.raises(OlaError, match=r"test_3d\.parquet: no such file"):
         evaluate(config)
     with pytest.raises(OlaError, match="no `eval` section"):
         evaluate(config.model_copy(update={"eval": None}))
+
+
+@pytest.mark.usefixtures("student", "benchmark")
+def test_a_student_of_another_configuration_is_not_asked(config: PipelineConfig) -> None:
+    with pytest.raises(OlaError, match=r"finetune/config\.yaml was made with another .*\(seed: 0 there, 1 now\)"):
+        evaluate(config.model_copy(update={"seed": 1}))
 
 
 @pytest.mark.usefixtures("student", "benchmark")

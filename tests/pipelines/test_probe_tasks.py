@@ -267,8 +267,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
 
 
 def test_probes_come_first(load: Callable[..., PipelineConfig], tmp_path: Path) -> None:
-    with pytest.raises(OlaError, match="run the probe stage first"):
+    with pytest.raises(OlaError, match=r"probe has not finished; run it first \(make probe\)"):
         probe_tasks(load(f"run_dir={tmp_path}"))
+    runs.begin(tmp_path / "probe", runs.depends_on(load(), "probe"))
+    runs.finish(tmp_path / "probe", {})
+    with pytest.raises(OlaError, match=r"probe/config\.yaml was .*\(probe\.steps: 2 there, 3 now"):
+        probe_tasks(load(f"run_dir={tmp_path}", "probe.steps=3"))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_missing_stages_are_said_to_be_missing(read_page: Any, config: PipelineC
         "Stage featurize has not finished",
         "No pictures: ",
         "No training stage has logged a step yet",
-        "Nothing to see: no model in ",
+        "pretrain has not finished; run it first (make pretrain).",
         "Stage probe has not finished",
         "Stage evaluate has not finished",
         "No replies yet",

@@ -57,6 +57,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_pipeline: Callable[[P
     runs.begin(stage, runs.depends_on(made, "pretrain"))
     for part in students.create(made):
         part.save_pretrained(stage / "model")
+    runs.finish(stage, {})
     return made
 
 
@@ -326,6 +327,16 @@ def test_the_report_shows_the_same_views(config: PipelineConfig, read_page: Any)
     assert shown.count("gen, nearest, layer 4") == 2
     assert "after pretrain, images of train." in " ".join(page.text.split())
     assert "Nothing to see" not in page.text
+
+
+def test_the_report_shows_no_layers_of_a_student_that_was_trained_otherwise(
+    config: PipelineConfig, read_page: Any
+) -> None:
+    changed = config.model_copy(update={"seed": 1})
+    assert (
+        "pretrain/config.yaml was made with another configuration (seed: 0 there, 1 now)"
+        in read_page(report(changed).read_text()).text
+    )
 
 
 def test_the_report_shows_the_images_that_are_asked_for(config: PipelineConfig, read_page: Any) -> None:

@@ -143,6 +143,18 @@ def test_a_conversation_cut_before_an_image_needs_fewer_images(
     assert torch.equal(whole.targets["gen"].values[:1], cut.targets["gen"].values)
 
 
+def test_images_that_fit_are_kept_where_no_answer_does(world: Any, make_loader: Callable[..., Loader]) -> None:
+    whole = make_loader(world).read(np.array([6]))
+    cut = make_loader(world, max_length=40).read(np.array([6, 0]))
+    assert cut.answers_cut == [1, 0]
+    assert (cut.labels != -100).any(1).tolist() == [False, True]
+    assert len(cut.pixel_values) == 2  # the first one's second image is gone
+    assert torch.equal(cut.pixel_values[0], whole.pixel_values[0])
+    assert torch.equal(cut.targets["gen"].values[0], whole.targets["gen"].values[0])
+    with pytest.raises(OlaError, match="max_length: 19; an image with its task tokens takes 20 tokens"):
+        make_loader(world, max_length=19)
+
+
 def test_text_and_images_that_do_not_fit_are_named(
     world: Any, make_loader: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_errors_are_one_line(world: Any, tmp_path: Path, command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("finetune", str(world.file), f"run_dir={tmp_path}") == 2
-    assert capsys.readouterr().err.startswith("error: stages.finetune.init: pretrain has not finished")
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/pretrain: pretrain has not finished; run it first (make pretrain)\n"
+    )
     assert command("vpt", str(world.file), f"run_dir={tmp_path}") == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -36,7 +36,7 @@ def test_the_split_is_disjoint_and_complete(samples: int, held_out: float, seed:
 
 def test_every_student_layer_and_task_is_probed_on_the_same_images(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}", "stages.pretrain.max_steps=1")
-    with pytest.raises(OlaError, match="no model here"):
+    with pytest.raises(OlaError, match="pretrain has not finished"):
         probe(config)
     run(config, "pretrain")
     probe(config)
@@ -93,6 +93,15 @@ def test_probes_learn(own_world: Any, tmp_path: Path, commit: Callable[..., Any]
     assert all(cell["value"] == pytest.approx(1, abs=1e-3) for cell in result["floor"].values())
     cells = [cell for layers in result["students"]["initial"].values() for cell in layers.values()]
     assert all(cell["value"] > 0.7 for cell in cells)
+
+
+def test_a_limit_on_the_text_leaves_an_image_its_room(world: Any, tmp_path: Path) -> None:
+    """An image alone has 20 tokens; of two, the first is probed."""
+    probe(world.config(f"run_dir={tmp_path}", "probe.students=[initial]", "probe.steps=1", "probe.max_length=19"))
+    table = pq.read_table(tmp_path / "probe" / "cosines.parquet").to_pandas()
+    _, held_out = split(24, 0.2, world.config().seed)
+    found = {key.rpartition("/")[2] for key in table[table.task == "gen"].key}
+    assert found == {f"s{i:02}.0" for i in held_out if i % 8 != 3}
 
 
 def test_trained_probes_predict_as_they_did_whatever_a_sample_says_of_its_image(world: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from olavlm.errors import OlaError
 from train import stage as stages
 from train.checkpoint import complete
 from train.metrics import TIME_KEYS, read
+from train.probe import probe
 from train.stage import run
 
 
@@ -251,6 +252,23 @@ def test_promise_8_nothing_lost_in_silence_what_is_cut_at_max_length_is_counted(
     assert counted[0][-1] == (48, 6, 6)
 
 
+def test_samples_without_room_for_an_answer_stop_no_stage(world: Any, tmp_path: Path) -> None:
+    """Every question about an image is too long: its targets are learned all the same, its answer is not."""
+    short = ("stages.pretrain.max_length=24", "stages.finetune.max_length=24")
+    config = world.config(
+        f"run_dir={tmp_path}", *short, "stages.finetune.global_batch=1", "stages.finetune.micro_batch=1"
+    )
+    run(config, "pretrain")
+    assert all(line["depth/1/smooth_l1"] > 0 for line in read(tmp_path / "pretrain"))
+    run(config, "finetune")
+    texts = [line["text"] for line in read(tmp_path / "finetune")]
+    assert len(texts) == 24
+    assert sum(text > 0 for text in texts) == 3  # of samples without an image; the others' steps learn nothing
+    done = runs.finished(tmp_path / "finetune")
+    assert done is not None
+    assert (done["samples_cut"], done["answers_cut"]) == (21, 21)
+
+
 def test_a_full_disk_while_checkpointing_leaves_the_older_ones(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,10 +337,26 @@ def test_the_folder_of_a_stage_that_is_being_trained_is_left_alone(
 
 def test_a_stage_says_what_it_starts_from_is_missing(world: Any, tmp_path: Path) -> None:
     config = world.config(f"run_dir={tmp_path}")
-    with pytest.raises(OlaError, match=r"stages\.finetune\.init: pretrain has not finished"):
+    with pytest.raises(OlaError, match="pretrain has not finished; run it first"):
         run(config, "finetune")
     with pytest.raises(OlaError, match=r"stages\.vpt: this pipeline has no such stage"):
         run(config, "vpt")
+
+
+def test_a_stage_does_not_start_from_one_of_another_configuration(world: Any, tmp_path: Path) -> None:
+    short = [f"run_dir={tmp_path}", "stages.pretrain.max_steps=1", "stages.finetune.max_steps=1"]
+    run(world.config(*short), "pretrain")
+    changed = world.config(*short, "stages.pretrain.losses={}")
+    for start in (lambda: run(changed, "finetune"), lambda: probe(changed)):
+        with pytest.raises(
+            OlaError, match=r"pretrain/config\.yaml .*stages\.pretrain\.losses\.gen: 0\.5 there, None now"
+        ):
+            start()
+    assert not (tmp_path / "probe").exists()
+    assert [file.name for file in (tmp_path / "finetune").iterdir()] == ["config.yaml"]
+    run(world.config(*short), "finetune")
+    folder = f"stages.finetune.init={tmp_path}/pretrain/model"  # what a folder was made with is another run's business
+    run(world.config(*short, f"run_dir={tmp_path}/other", "stages.pretrain.losses={}", folder), "finetune")
 
 
 def test_init_from_a_folder_checks_the_tasks(world: Any, tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ def test_stated_image_tokens_must_be_the_towers(world: Any) -> None:
     student.create(world.config(f"student.image_tokens={made}"))
 
 
+def test_samples_may_not_be_longer_than_the_language_models_context(world: Any) -> None:
+    student.start(world.config("stages.pretrain.max_length=2048"), "pretrain")
+    with pytest.raises(OlaError, match=r"stages\.pretrain\.max_length: 2049; the language model's context has 2048"):
+        student.start(world.config("stages.pretrain.max_length=2049"), "pretrain")
+
+
 def test_a_model_folder_must_agree_on_what_an_image_is(world: Any, tmp_path: Path) -> None:
     model, processor = student.create(world.config())
     model.save_pretrained(tmp_path)

@@ -93,8 +93,20 @@ def test_a_first_answer_that_does_not_fit_is_cut_inside(processor: OlaVlmProcess
     assert len(ids) == question + 2
     assert lost == 2  # what is cut inside counts
     assert learned(processor, labels) == "a red"
-    with pytest.raises(OlaError, match=f"max_length: {question}; the first question alone takes {question} tokens"):
-        processor.encode_conversation(turns, question)
+
+
+def test_a_question_without_room_for_an_answer_is_cut_but_never_inside_an_image(processor: OlaVlmProcessor) -> None:
+    turns = talk("<image> what is this <image> this", "a cube", "what", "one")
+    whole, labels, _ = processor.encode_conversation(turns, 500)
+    block, starts = len(processor.image_block), [3, 3 + len(processor.image_block) + 3]  # behind <s> USER :
+    for room in range(1, int((labels != -100).nonzero()[0]) + 1):
+        ids, learnable, lost = processor.encode_conversation(turns, room)
+        split = [start for start in starts if start < room < start + block]
+        assert len(ids) == (split[0] if split else room)
+        assert_close(ids, whole[: len(ids)])
+        assert processor.images_in(ids) == sum(start + block <= room for start in starts)
+        assert learned(processor, learnable) == ""
+        assert lost == 2
 
 
 @settings(max_examples=60, deadline=None)
