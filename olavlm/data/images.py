@@ -17,6 +17,9 @@ MEAN_COLOUR = (122, 116, 104)
 #: constant, because it decides which images of a corpus have targets, for everyone who ever reads it.
 MAX_PIXELS = 2**28 // 3
 
+#: Pixels of the longest side that is decoded, as of a JPEG: what bounds the memory that a view takes of a narrow strip.
+MAX_SIDE = 2**16 - 1
+
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an encoded image to 8-bit RGB, upright.
@@ -31,8 +34,8 @@ def decode_image(data: bytes) -> Image.Image:
         An image of mode RGB.
 
     Raises:
-        ValueError: the bytes are empty, truncated, damaged, no image, or more than `MAX_PIXELS`. The message
-            is the reason, the same for the same bytes.
+        ValueError: the bytes are empty, truncated, damaged, no image, or more than `MAX_PIXELS` or `MAX_SIDE`. The
+            message is the reason, the same for the same bytes.
     """
     if not data:
         raise ValueError("empty file (0 bytes)")
@@ -40,6 +43,8 @@ def decode_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(f"a side of {max(image.size)} pixels, more than {MAX_SIDE}")
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
                 ImageOps.exif_transpose(image, in_place=True)
@@ -59,6 +64,9 @@ def apply_view(
 ) -> Image.Image:
     """Bring an image to the square a network takes.
 
+    Of narrow strips, what lies between image and square could be far larger than any image. Where it would, the same
+    picture is made of less, if not to the last bit.
+
     Args:
         image: mode RGB, any size.
         view: ``squash`` resizes both sides, whatever the aspect; ``pad`` centres the image on a square of its long
@@ -75,17 +83,26 @@ def apply_view(
         case "squash":
             return image.resize((size, size), resample)
         case "pad":
-            side = max(width, height)
-            if width != height:
-                square = Image.new("RGB", (side, side), MEAN_COLOUR)
-                square.paste(image, ((side - width) // 2, (side - height) // 2))
+            across = down = max(width, height)
+            if across * down > MAX_PIXELS:  # shrink the long side ahead of the other, where nothing is filled in
+                if width > height:
+                    across = width = size
+                else:
+                    down = height = size
+                image = image.resize((width, height), resample)
+            if (width, height) != (across, down):
+                square = Image.new("RGB", (across, down), MEAN_COLOUR)
+                square.paste(image, ((across - width) // 2, (down - height) // 2))
                 image = square
             return image.resize((size, size), resample)
         case "center_crop":
             short = min(width, height)
-            width, height = (size * side // short for side in (width, height))
-            left, top = (width - size) // 2, (height - size) // 2
-            return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+            across, down = (size * side // short for side in (width, height))
+            left, top = (across - size) // 2, (down - size) // 2
+            if across * down > MAX_PIXELS:  # resize only what is kept of it
+                x, y = width / across, height / down
+                return image.resize((size, size), resample, (left * x, top * y, (left + size) * x, (top + size) * y))
+            return image.resize((across, down), resample).crop((left, top, left + size, top + size))
         case _:
             assert_never(view)
 

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 
@@ -12,7 +14,7 @@ from transformers import CLIPImageProcessor
 
 from olavlm.config import View
 from olavlm.data import images
-from olavlm.data.images import MAX_PIXELS, MEAN_COLOUR, apply_view, decode_image, view_positions
+from olavlm.data.images import MAX_PIXELS, MAX_SIDE, MEAN_COLOUR, apply_view, decode_image, view_positions
 
 RNG = np.random.default_rng(0)
 
@@ -120,6 +122,16 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
         decode_image(png_header(side, side))
 
 
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (1, MAX_PIXELS)])
+def test_a_strip_longer_than_any_jpeg_is_refused_before_it_is_decoded(size):
+    with pytest.raises(ValueError, match=f"a side of {max(size)} pixels, more than {MAX_SIDE}"):
+        decode_image(png_header(*size))
+
+
+def test_the_longest_strip_is_decoded():
+    assert decode_image(encode(Image.new("RGB", (1, MAX_SIDE)), "PNG")).size == (1, MAX_SIDE)
+
+
 def test_the_largest_image_is_not_taken_for_a_bomb(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 12)
     assert decode_image(encode(noise(4, 3), "PNG")).size == (4, 3)
@@ -186,6 +198,34 @@ def test_center_crop_is_what_clip_does(size):
     clip = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24, do_rescale=False, do_normalize=False)
     expected = np.asarray(clip(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(apply_view(image, "center_crop", 24)), expected)
+
+
+@pytest.mark.parametrize("size", [(200, 3), (3, 200), (90, 50), (50, 90), (1, 70)])
+@pytest.mark.parametrize("view", ["pad", "center_crop"])
+def test_where_memory_has_to_be_saved_the_picture_is_the_same(monkeypatch, size, view):
+    image = noise(5, 5).resize(size)
+    expected = np.asarray(apply_view(image, view, 24), int)
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)
+    assert np.abs(np.asarray(apply_view(image, view, 24), int) - expected).max() <= 3
+
+
+def test_no_shape_of_an_image_takes_much_memory():
+    """In a process that may take 512 MiB more than it has: a crop would resize to 9 GB, a padded square take 1.6."""
+    script = """if True:
+        import resource
+        from itertools import product
+        from pathlib import Path
+        from PIL import Image
+        from olavlm.data.images import MAX_SIDE, apply_view
+
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, taken + 2**29))
+        for long, short in ((20_000, 1_000), (20_000, 1), (MAX_SIDE, 1)):
+            for size, view in product(((long, short), (short, long)), ("squash", "pad", "center_crop")):
+                apply_view(Image.new("RGB", size), view, 336)
+        """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @settings(max_examples=60, deadline=None)
