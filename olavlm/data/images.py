@@ -6,7 +6,7 @@ from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from olavlm.config import View
 
@@ -20,12 +20,22 @@ MAX_PIXELS = 2**28 // 3
 #: Pixels of the longest side that is decoded, as of a JPEG: what bounds the memory that a view takes of a narrow strip.
 MAX_SIDE = 2**16 - 1
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SAY_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # of an image's `info`
+
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode an encoded image to 8-bit RGB, upright.
+    """Decode an encoded image to 8-bit RGB, upright, as `upright_rgb` makes it; an animation gives its first frame.
 
-    EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte, an animation
-    gives its first frame. The size is known before any pixel is decoded, so that a bomb costs nothing.
+    The size is known before any pixel is decoded, so that a bomb costs nothing.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP or any other file Pillow knows.
@@ -45,10 +55,7 @@ def decode_image(data: bytes) -> Image.Image:
                 raise Image.DecompressionBombError
             if max(image.size) > MAX_SIDE:
                 raise ValueError(f"a side of {max(image.size)} pixels, more than {MAX_SIDE}")
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return upright_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("not an image in a known format") from None  # Pillow's own message holds a memory address
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -57,6 +64,22 @@ def decode_image(data: bytes) -> Image.Image:
         Exception
     ) as error:  # on damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error …
         raise ValueError(f"cannot be decoded: {error}") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in 8-bit RGB, upright; itself where it is that already, and never changed.
+
+    EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte.
+    """
+    image.load()  # which turns a TIFF
+    turn = None
+    with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
+        for name in _SAY_ORIENTATION:  # lest it be turned again
+            image.info.pop(name, None)
+    return _to_rgb(image)
 
 
 def apply_view(

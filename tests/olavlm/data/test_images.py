@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor
 
 from olavlm.config import View
 from olavlm.data import images
-from olavlm.data.images import MAX_PIXELS, MAX_SIDE, MEAN_COLOUR, apply_view, decode_image, view_positions
+from olavlm.data.images import MAX_PIXELS, MAX_SIDE, MEAN_COLOUR, apply_view, decode_image, upright_rgb, view_positions
 
 RNG = np.random.default_rng(0)
 
@@ -78,12 +78,33 @@ def test_sixteen_bit_grey_keeps_its_range():
     assert decoded[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_exif_orientation_is_applied():
+def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise
+    exif[0x0112] = orientation
+    return exif
+
+
+def test_exif_orientation_is_applied():
     image = noise(20, 10)
-    decoded = decode_image(encode(image, "PNG", exif=exif))
+    decoded = decode_image(encode(image, "PNG", exif=turned(6)))
     assert np.array_equal(decoded, np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGB", "TIFF")])
+def test_an_opened_image_becomes_what_is_decoded_of_its_file(orientation, mode, kind):
+    data = encode(noise(20, 10).convert(mode), kind, exif=turned(orientation))
+    decoded = decode_image(data)
+    assert np.array_equal(decoded, ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(upright_rgb(opened), decoded)
+    assert np.array_equal(upright_rgb(opened), decoded), "the image itself stays as it is"
+    assert np.array_equal(upright_rgb(decoded), decoded), "nothing is turned twice"
+
+
+def test_an_image_that_is_upright_rgb_is_not_copied():
+    image = noise(4, 3)
+    assert upright_rgb(image) is image
 
 
 def test_an_animation_gives_its_first_frame():
