@@ -289,6 +289,26 @@ def test_promise_3_once_a_zombie_cannot_publish_after_a_takeover(
     assert _shards(target) == whole
 
 
+@pytest.mark.parametrize("fails", ["olavlm.data.commit.sweep", "pathlib.Path.exists"])
+def test_promise_3_once_an_error_on_the_way_to_a_tar_leaves_it_to_the_next(
+    store: TargetStore, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """As of a file server that is away: a lease kept by nobody would have a heart all the same."""
+
+    def fail(_: Path) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    target = store.add(IDENTITY, BLOCK)
+    zombie = TarWriter.open(target, Tar(), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("olavlm.data.lease._stale", lambda path: True)
+        patch.setattr(fails, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            TarWriter.open(target, Tar(), 0)
+    _write(target, Tar(), 3)
+    zombie.__exit__()
+
+
 def test_promise_3_once_a_zombie_stopped_right_before_the_rename_fails(
     store: TargetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
