@@ -20,7 +20,7 @@ MAX_PIXELS = 2**28 // 3
 #: Pixels of the longest side that is decoded, as of a JPEG: what bounds the memory that a view takes of a narrow strip.
 MAX_SIDE = 2**16 - 1
 
-_TURNS = {
+_TURNS: dict[Any, Image.Transpose] = {  # by what EXIF says, whatever that is
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
