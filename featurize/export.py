@@ -27,7 +27,7 @@ from featurize.stage import Job, open_jobs
 from olavlm.config import PipelineConfig
 from olavlm.data import codec
 from olavlm.data.atomic import ensure, sweep
-from olavlm.data.corpus import Tar
+from olavlm.data.corpus import Tar, content_hash
 from olavlm.data.folder import fsync
 from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
@@ -112,10 +112,16 @@ def _export_tar(job: Job, tar: Tar, out: Path, contents: dict[str, str | None]) 
                 if entry["image_index"] >= 0:
                     image = job.corpus.read(tar, entry["image_offset"], entry["image_bytes"])
                     _add(file, f"{entry['key']}{number}.{_extension(image)}", image, note)
-                    for task, target in job.sets.items():
-                        if rows[task][position]["status"] == "ok":
-                            npy = _features(target, rows[task][position], entry)
-                            _add(file, f"{entry['key']}{number}.{task}.npy", npy, note)
+                    stored = {task: of_tar[position] for task, of_tar in rows.items()}
+                    stored = {task: row for task, row in stored.items() if row["status"] == "ok"}
+                    if stored and content_hash(image) != entry["image_hash"]:
+                        raise OlaError(
+                            f"{job.corpus.tar_path(tar)}: sample {entry['key']!r}, image {entry['image_index']}: its "
+                            "bytes are not those that were indexed, which its targets are of; restore the tar"
+                        )
+                    for task, row in stored.items():
+                        npy = _features(job.sets[task], row, entry)
+                        _add(file, f"{entry['key']}{number}.{task}.npy", npy, note)
                 if last:
                     text = job.corpus.read(tar, entry["text_offset"], entry["text_bytes"])
                     _add(file, f"{entry['key']}.{entry['text_member']}", text, note)

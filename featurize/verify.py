@@ -16,7 +16,7 @@ from olavlm.data.commit import shard_index, shard_ranges, undescribed_arrays
 from olavlm.data.corpus import Tar
 from olavlm.data.images import decode_image
 from olavlm.data.objects import AnyPath
-from olavlm.data.targets import TargetSet
+from olavlm.data.targets import TargetSet, Unreadable
 from olavlm.errors import OlaError
 
 
@@ -66,6 +66,9 @@ def verify_tar(job: Job, task: str, tar: Tar) -> Iterator[Finding]:
 
     Every committed row is compared with the corpus index (key, image index, image hash, order, completeness), its bytes
     with its checksum, and what any Zarr tool would read of its block with what the commit says.
+
+    Raises:
+        OlaError: the index or a target cannot be read.
     """
     target = job.sets[task]
     try:
@@ -86,6 +89,8 @@ def verify_tar(job: Job, task: str, tar: Tar) -> Iterator[Finding]:
         if row["status"] == "ok":
             try:
                 target.read(row, row["key"])
+            except Unreadable:  # nothing that `repair` should take a commit back for
+                raise
             except OlaError as error:
                 yield Finding(job.name, task, tar, str(error))
     for block in sorted({row["block"] for row in listed if row["block"] >= 0}):

@@ -66,11 +66,11 @@ class Stopped(Exception):
 
 @dataclass
 class _Sample:
-    """A row of the index on its way: its image ready for each teacher, or why there is none."""
+    """A row of the index on its way: its image ready for each teacher, or why there is none, by task."""
 
     row: dict[str, Any]
-    pixels: dict[str, Tensor]
-    reason: str | None = None
+    pixels: dict[str, Tensor] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -253,22 +253,29 @@ class Worker:
                 if features.is_cuda:
                     torch.cuda.synchronize()
                 report.forward_seconds += time.perf_counter() - start
-        rows = [(sample.row, sample.reason) for sample in samples]
+        rows = [(sample.row, sample.reasons.get(task)) for sample in samples]
         written.submit(_write, writer, rows, features, teacher.config.codec, failed)
 
 
 def _prepare(corpus: Corpus, tar: Tar, row: dict[str, Any], used: dict[str, Teacher]) -> _Sample:
     """Read, check and decode one image, and make it what each teacher takes."""
+    sample = _Sample(row)
     if row["image_index"] < 0:
-        return _Sample(row, {})
+        return sample
     data = corpus.read(tar, row["image_offset"], row["image_bytes"])
-    if content_hash(data) != row["image_hash"]:
-        return _Sample(row, {}, "its bytes are not those that were indexed")
     try:
+        if content_hash(data) != row["image_hash"]:
+            raise ValueError("its bytes are not those that were indexed")
         image = decode_image(data)
     except ValueError as error:
-        return _Sample(row, {}, str(error))
-    return _Sample(row, {task: teacher.preprocess(image) for task, teacher in used.items()})
+        sample.reasons = dict.fromkeys(used, str(error))
+        return sample
+    for task, teacher in used.items():
+        try:
+            sample.pixels[task] = teacher.preprocess(image)
+        except ValueError as error:
+            sample.reasons[task] = str(error)
+    return sample
 
 
 def _write(

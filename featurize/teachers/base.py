@@ -128,7 +128,11 @@ class Teacher(ABC):
         return [(self.config.input_size, Image.Resampling.BICUBIC)]
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An RGB image through the view and the resizes, rescaled to [0, 1] and normalised: (3, S, S) float32."""
+        """An RGB image through the view and the resizes, rescaled to [0, 1] and normalised: (3, S, S) float32.
+
+        Raises:
+            ValueError: nothing can be made of this image; it has no target, and the message is the reason.
+        """
         (size, resample), *further = self.sizes
         image = apply_view(image, self.config.view, size, resample)
         for size, resample in further:

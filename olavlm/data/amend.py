@@ -68,12 +68,9 @@ class TarAmender:
         lease = take(target, tar.name)
         if lease is None:
             return None
-        try:
+        with lease.kept():
             content = _read(target.commit_file(tar))
             commit = target.commit(tar, content_hash(content.data)) if content.data else None
-        except BaseException:
-            lease.release()
-            raise
         amender = cls(target, tar, [] if commit is None else commit.to_pylist(), lease, content)
         if amender.failed:
             return amender

@@ -145,7 +145,8 @@ def take(target: TargetSet, tar: str) -> Lease | None:
     """
     lease = Lease.acquire(target.path / "leases", tar)
     if lease is not None and lease.inherited:
-        sweep(target.path / "commits" / f"{tar}.parquet")
+        with lease.kept():
+            sweep(target.path / "commits" / f"{tar}.parquet")
     return lease
 
 
@@ -187,7 +188,9 @@ class TarWriter:
         if lease is None:
             return None
         file = target.commit_file(tar)
-        if not file.exists():
+        with lease.kept():
+            committed = file.exists()
+        if not committed:
             return cls(target, tar, first_block, lease)
         lease.release()
         if target.commit(tar) is None:

@@ -263,12 +263,16 @@ def read_parquet(file: AnyPath, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file that must have exactly these columns.
 
     Raises:
-        OlaError: it is missing, damaged or has other columns.
+        OlaError: it is missing, cannot be read, is damaged or has other columns.
     """
     try:
-        table = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
+        data = file.read_bytes()
     except FileNotFoundError:
         raise OlaError(f"{file}: missing") from None
+    except OSError as error:
+        raise OlaError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (OSError, pa.ArrowException) as error:
         raise OlaError(f"{file}: damaged ({str(error).splitlines()[0]})") from None
     if not table.schema.equals(schema, check_metadata=False):

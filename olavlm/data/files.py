@@ -1,17 +1,25 @@
 """Byte ranges of many files for many threads: ``pread`` on descriptors of which the most recently used stay open, or
 one range GET for an object in a store."""
 
+import errno
 import os
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from olavlm.data.objects import AnyPath, ObjectPath
+
+T = TypeVar("T")
+
+#: Files that stay open in a process, whatever the number of corpora and target sets it reads: half of what the
+#: strictest usual system allows (macOS: 256).
+STAY_OPEN = 128
 
 
 class Listed(NamedTuple):
@@ -35,12 +43,17 @@ def listing(folder: AnyPath) -> Iterator[Listed]:
 
 
 class OpenFiles:
-    """Safe to share between threads; holds at most `limit` descriptors beyond those in use."""
+    """The files one reader has open. Safe to share between threads.
 
-    def __init__(self, limit: int = 128) -> None:
-        self._limit = limit
-        self._open: OrderedDict[AnyPath, _Descriptor | _Object] = OrderedDict()
-        self._lock = threading.Lock()
+    All readers of the process together hold at most `STAY_OPEN` descriptors beyond those in use; a reader that is gone
+    holds none.
+    """
+
+    _used: ClassVar[OrderedDict[tuple["weakref.ref[OpenFiles]", AnyPath], None]] = OrderedDict()  # the last one last
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self._open: dict[AnyPath, _Descriptor | _Object] = {}
 
     def pread(self, path: AnyPath, count: int, offset: int) -> bytes:
         """Up to `count` bytes at `offset`: no shared position, no lock held while reading.
@@ -48,23 +61,36 @@ class OpenFiles:
         Raises:
             OSError: the file cannot be opened or read.
         """
-        return self._opened(path).pread(count, offset)
+        return self._read(path, lambda opened: opened.pread(count, offset))
 
     def readinto(self, path: AnyPath, array: np.ndarray[Any, Any], offset: int) -> int:
         """Fill a contiguous array with the bytes from `offset` on; how many of them there were. Raises as `pread`."""
-        return self._opened(path).readinto(array, offset)
+        return self._read(path, lambda opened: opened.readinto(array, offset))
 
     def size(self, path: AnyPath) -> int:
         """Bytes of the file as it was opened; as cheap as a lookup once something was read of it."""
         return self._opened(path).size
 
+    def _read(self, path: AnyPath, read: Callable[["_Descriptor | _Object"], T]) -> T:
+        try:
+            return read(self._opened(path))
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            self._open.pop(path, None)  # NFS: another machine put a file of this name in the place of ours
+            return read(self._opened(path))
+
     def _opened(self, path: AnyPath) -> "_Descriptor | _Object":
+        opened = self._open.get(path) or (_Object(path) if isinstance(path, ObjectPath) else _Descriptor(path))
+        used = weakref.ref(self), path
         with self._lock:
-            opened = self._open.get(path) or (_Object(path) if isinstance(path, ObjectPath) else _Descriptor(path))
             self._open[path] = opened
-            self._open.move_to_end(path)
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)
+            self._used[used] = None
+            self._used.move_to_end(used)
+            while len(self._used) > STAY_OPEN:
+                (owner, oldest), _ = self._used.popitem(last=False)
+                if (reader := owner()) is not None:
+                    reader._open.pop(oldest, None)
         return opened
 
 

@@ -6,7 +6,7 @@ from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from olavlm.config import View
 
@@ -17,12 +17,25 @@ MEAN_COLOUR = (122, 116, 104)
 #: constant, because it decides which images of a corpus have targets, for everyone who ever reads it.
 MAX_PIXELS = 2**28 // 3
 
+#: Pixels of the longest side that is decoded, as of a JPEG: what bounds the memory that a view takes of a narrow strip.
+MAX_SIDE = 2**16 - 1
+
+_TURNS: dict[Any, Image.Transpose] = {  # by what EXIF says, whatever that is
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SAY_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # of an image's `info`
+
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode an encoded image to 8-bit RGB, upright.
+    """Decode an encoded image to 8-bit RGB, upright, as `upright_rgb` makes it; an animation gives its first frame.
 
-    EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte, an animation
-    gives its first frame. The size is known before any pixel is decoded, so that a bomb costs nothing.
+    The size is known before any pixel is decoded, so that a bomb costs nothing.
 
     Args:
         data: the bytes of a JPEG, PNG, WebP or any other file Pillow knows.
@@ -31,8 +44,8 @@ def decode_image(data: bytes) -> Image.Image:
         An image of mode RGB.
 
     Raises:
-        ValueError: the bytes are empty, truncated, damaged, no image, or more than `MAX_PIXELS`. The message
-            is the reason, the same for the same bytes.
+        ValueError: the bytes are empty, truncated, damaged, no image, or more than `MAX_PIXELS` or `MAX_SIDE`. The
+            message is the reason, the same for the same bytes.
     """
     if not data:
         raise ValueError("empty file (0 bytes)")
@@ -40,10 +53,9 @@ def decode_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(f"a side of {max(image.size)} pixels, more than {MAX_SIDE}")
+            return upright_rgb(image)
     except UnidentifiedImageError:
         raise ValueError("not an image in a known format") from None  # Pillow's own message holds a memory address
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -54,10 +66,29 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded: {error}") from None
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in 8-bit RGB, upright; itself where it is that already, and never changed.
+
+    EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte.
+    """
+    image.load()  # which turns a TIFF
+    turn = None
+    with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
+        for name in _SAY_ORIENTATION:  # lest it be turned again
+            image.info.pop(name, None)
+    return _to_rgb(image)
+
+
 def apply_view(
     image: Image.Image, view: View, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Image.Image:
     """Bring an image to the square a network takes.
+
+    Of narrow strips, what lies between image and square could be far larger than any image. Where it would, the same
+    picture is made of less, if not to the last bit.
 
     Args:
         image: mode RGB, any size.
@@ -75,17 +106,26 @@ def apply_view(
         case "squash":
             return image.resize((size, size), resample)
         case "pad":
-            side = max(width, height)
-            if width != height:
-                square = Image.new("RGB", (side, side), MEAN_COLOUR)
-                square.paste(image, ((side - width) // 2, (side - height) // 2))
+            across = down = max(width, height)
+            if across * down > MAX_PIXELS:  # shrink the long side ahead of the other, where nothing is filled in
+                if width > height:
+                    across = width = size
+                else:
+                    down = height = size
+                image = image.resize((width, height), resample)
+            if (width, height) != (across, down):
+                square = Image.new("RGB", (across, down), MEAN_COLOUR)
+                square.paste(image, ((across - width) // 2, (down - height) // 2))
                 image = square
             return image.resize((size, size), resample)
         case "center_crop":
             short = min(width, height)
-            width, height = (size * side // short for side in (width, height))
-            left, top = (width - size) // 2, (height - size) // 2
-            return image.resize((width, height), resample).crop((left, top, left + size, top + size))
+            across, down = (size * side // short for side in (width, height))
+            left, top = (across - size) // 2, (down - size) // 2
+            if across * down > MAX_PIXELS:  # resize only what is kept of it
+                x, y = width / across, height / down
+                return image.resize((size, size), resample, (left * x, top * y, (left + size) * x, (top + size) * y))
+            return image.resize((across, down), resample).crop((left, top, left + size, top + size))
         case _:
             assert_never(view)
 

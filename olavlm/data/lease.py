@@ -19,6 +19,8 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from olavlm.data.atomic import publish, sweep
@@ -93,6 +95,15 @@ class Lease:
         held = _generations(self.path.parent, name)
         for generation in sorted(g for g in held if g <= int(own)):
             held[generation].unlink(missing_ok=True)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Held beyond the block; but given up if that raises, as nobody would do it later and the heart beats on."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
 
     def __enter__(self) -> "Lease":
         return self

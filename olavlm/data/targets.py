@@ -62,6 +62,10 @@ COMMIT_SCHEMA = pa.schema(
 )
 
 
+class Unreadable(OlaError):
+    """A target that cannot be read now (network, disk, too many open files); it may be undamaged all the same."""
+
+
 class TarId(Protocol):
     """What a commit needs to know of a corpus tar (`olavlm.data.corpus.Tar` has it)."""
 
@@ -315,6 +319,7 @@ class TargetSet:
 
         Raises:
             OlaError: another key, an image without a target, missing or damaged bytes; naming the file and the key.
+            Unreadable: an OlaError, too.
         """
         if row["key"] != key or row["status"] != "ok":
             raise OlaError(
@@ -372,6 +377,8 @@ class TargetSet:
             count = self._files.readinto(file, array, offset)
         except FileNotFoundError:
             raise OlaError(f"{file}: missing, though the target of sample {key!r} is committed in it") from None
+        except OSError as error:
+            raise Unreadable(f"{file}: the target of sample {key!r} cannot be read ({error.strerror})") from None
         if count != array.nbytes:
             raise OlaError(
                 f"{file}: cut short: of sample {key!r} at byte {offset}, {count} of {array.nbytes} bytes are there"

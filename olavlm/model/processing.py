@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from olavlm.config import View
-from olavlm.data.images import apply_view
+from olavlm.data.images import apply_view, upright_rgb
 from olavlm.errors import OlaError
 
 IMAGE_TOKEN = "<image>"
@@ -159,7 +159,7 @@ class OlaVlmProcessor(ProcessorMixin):
         """The vision tower's input: each image brought into the view, scaled to [0, 1] and normalised.
 
         Args:
-            images: n of them.
+            images: n of them, of any mode; EXIF orientation is applied and transparency filled, as in training.
             out: where to write it; default: new memory.
 
         Returns:
@@ -172,7 +172,7 @@ class OlaVlmProcessor(ProcessorMixin):
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
         )
         for image, values in zip(images, out.numpy(), strict=True):  # one at a time: it stays in the processor's cache
-            values[...] = np.asarray(apply_view(image.convert("RGB"), self.view, size)).transpose(2, 0, 1)
+            values[...] = np.asarray(apply_view(upright_rgb(image), self.view, size)).transpose(2, 0, 1)
             values /= 255
             values -= mean
             values /= std

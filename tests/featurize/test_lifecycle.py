@@ -29,6 +29,7 @@ from olavlm.data import lease as lease_module
 from olavlm.data.amend import TarAmender
 from olavlm.data.atomic import replace
 from olavlm.data.commit import TarWriter
+from olavlm.data.corpus import Corpus
 from olavlm.data.lease import Lease
 from olavlm.data.manifest import manifest_file
 from olavlm.data.objects import AnyPath, ObjectPath
@@ -495,6 +496,22 @@ def test_an_export_goes_on_where_it_was_and_is_of_one_thing(
     (out / "export.json").write_text('{"corpus": "another"}')
     with pytest.raises(OlaError, match=r"an export of \{'corpus': 'another'\}, not of"):
         list(export(world.config(own), "all", out))
+
+
+def test_promise_1_key_checked_no_target_is_exported_beside_another_image(
+    world: Any, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Corpus.read
+
+    def flipped(self: Corpus, tar: Any, offset: int, nbytes: int) -> bytes:
+        data = bytearray(read(self, tar, offset, nbytes))
+        data[-1] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(Corpus, "read", flipped)
+    with pytest.raises(OlaError, match=r"0\.tar: sample 't0s0', image 0: its bytes are not those that were indexed"):
+        list(export(world.config(own), "all", tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*0.tar"))
 
 
 def test_an_export_is_made_anew_of_what_a_retry_changed(

@@ -21,6 +21,7 @@ from featurize import stage, teachers
 from featurize.corpus.adopt import adopt
 from featurize.job import InProcess
 from featurize.stage import failed_images, open_jobs, run_pipeline, status
+from featurize.teachers.unclip import UnClip
 from featurize.worker import Unit, Worker
 from olavlm.data import codec
 from olavlm.data.commit import TarWriter
@@ -94,6 +95,24 @@ def test_features_that_are_not_finite_fail_their_image_only(world: Any, stumbled
     assert reasons == [("gen", "features are not finite")] * 2  # the second of every batch, where it is not padding
     assert status(job, "gen")["ok"] == 8
     assert status(job, "depth")["ok"] == 10
+
+
+def test_an_image_that_one_teacher_cannot_take_costs_that_teachers_target_only(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess = UnClip.preprocess
+
+    def picky(self: UnClip, image: Any) -> torch.Tensor:
+        if image.height > 45:
+            raise ValueError("too high")
+        return preprocess(self, image)
+
+    monkeypatch.setattr(UnClip, "preprocess", picky)
+    run_pipeline(world.config(tmp_path))
+    (job,) = open_jobs(world.config(tmp_path))
+    failed = [(f["task"], f["key"], f["image_index"]) for f in failed_images(job) if f["reason"] == "too high"]
+    assert failed == [("gen", "t0s1", 1), ("gen", "t1s1", 1)]
+    assert (status(job, "gen")["ok"], status(job, "depth")["ok"]) == (8, 10)
 
 
 def test_an_image_that_is_not_the_indexed_one_has_no_target(

@@ -1,5 +1,7 @@
 """The commands around the store: plan, status, verify, inspect."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,21 @@ def test_verify_names_a_damaged_target(world: Any, own: Path) -> None:
     (line,) = map(str, verify(world.config(own)))
     assert f"all, seg, tar {tar.name}: " in line
     assert f"damaged: the target of sample '{row['key']}'" in line
+
+
+def test_what_cannot_be_read_now_is_not_taken_for_damage(
+    world: Any, own: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (job,) = open_jobs(world.config(own))
+    commits = {task: [target.commit(tar) for tar in job.corpus.tars] for task, target in job.sets.items()}
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OlaError, match=r"depth-.*: the target of sample 't0s0' cannot be read \(Input/output error\)"):
+        list(verify(world.config(own)))
+    assert command("repair", own) == 2
+    assert {task: [target.commit(tar) for tar in job.corpus.tars] for task, target in job.sets.items()} == commits
 
 
 def test_verify_names_a_tar_without_a_commit(world: Any, own: Path) -> None:

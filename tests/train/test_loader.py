@@ -1,5 +1,7 @@
 """Batches are what was pinned, whatever the number of threads (promises 1 and 4)."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,17 @@ def test_promise_1_key_checked_swapped_target_bytes_are_refused(
     file.write_bytes(data)
     with pytest.raises(OlaError, match=r"tar 000000, sample 's0[01]'.*checksum"):
         list(loader)
+
+
+def test_the_sample_is_named_whose_target_cannot_be_read(
+    world: Any, make_loader: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OlaError, match=r"tar 000000, sample 's0\d', image 0: .*cannot be read \(Too many open files\)"):
+        list(make_loader(world))
 
 
 def test_a_conversation_cut_before_an_image_needs_fewer_images(

@@ -93,7 +93,7 @@ class OlaVlm(lmms):
             pictures, videos, sounds = messages.extract_media()
             if videos or sounds:
                 raise OlaError(f"task {task}: a conversation with video or sound; expected images and text")
-            images += [load_image(Path(one)) if isinstance(one, str) else one.convert("RGB") for one in pictures]
+            images += [load_image(Path(one)) if isinstance(one, str) else one for one in pictures]
             conversation = messages.to_hf_messages()
             prompts.append(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
         # Greedy at a temperature of 0 or none, whatever else a task says.

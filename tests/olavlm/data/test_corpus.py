@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from featurize.corpus import pack_llava_json
+from olavlm.data import files
 from olavlm.data.corpus import INDEX_SCHEMA, Corpus, content_hash, conversation, file_hash
 from olavlm.errors import OlaError
 
@@ -78,7 +79,7 @@ def test_byte_ranges_give_the_image_and_the_text(corpus):
 
 
 def test_threads_read_from_more_tars_than_stay_open(corpus, monkeypatch):
-    monkeypatch.setattr(corpus._files, "_limit", 1)
+    monkeypatch.setattr(files, "STAY_OPEN", 1)
     wanted = [(tar, offset) for tar in corpus.tars for offset in range(0, 4096, 64)] * 4
     expected = {tar.name: corpus.tar_path(tar).read_bytes() for tar in corpus.tars}
     with ThreadPoolExecutor(8) as pool:
@@ -147,6 +148,9 @@ def test_damaged_lists_are_refused_by_name(corpus):
         corpus.index(corpus.tars[0])
     index.unlink()
     with pytest.raises(OlaError, match=r"000000\.parquet: missing"):
+        corpus.index(corpus.tars[0])
+    index.mkdir()
+    with pytest.raises(OlaError, match=r"000000\.parquet: cannot be read \(Is a directory\)"):
         corpus.index(corpus.tars[0])
     (corpus.path / "tars.parquet").write_bytes((corpus.path / "index" / "000001.parquet").read_bytes())
     with pytest.raises(OlaError, match=r"tars\.parquet: columns"):

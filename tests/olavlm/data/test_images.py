@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from contextlib import suppress
 
@@ -7,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor
 
 from olavlm.config import View
 from olavlm.data import images
-from olavlm.data.images import MAX_PIXELS, MEAN_COLOUR, apply_view, decode_image, view_positions
+from olavlm.data.images import MAX_PIXELS, MAX_SIDE, MEAN_COLOUR, apply_view, decode_image, upright_rgb, view_positions
 
 RNG = np.random.default_rng(0)
 
@@ -76,12 +78,33 @@ def test_sixteen_bit_grey_keeps_its_range():
     assert decoded[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-def test_exif_orientation_is_applied():
+def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90° clockwise
+    exif[0x0112] = orientation
+    return exif
+
+
+def test_exif_orientation_is_applied():
     image = noise(20, 10)
-    decoded = decode_image(encode(image, "PNG", exif=exif))
+    decoded = decode_image(encode(image, "PNG", exif=turned(6)))
     assert np.array_equal(decoded, np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("RGB", "TIFF")])
+def test_an_opened_image_becomes_what_is_decoded_of_its_file(orientation, mode, kind):
+    data = encode(noise(20, 10).convert(mode), kind, exif=turned(orientation))
+    decoded = decode_image(data)
+    assert np.array_equal(decoded, ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(upright_rgb(opened), decoded)
+    assert np.array_equal(upright_rgb(opened), decoded), "the image itself stays as it is"
+    assert np.array_equal(upright_rgb(decoded), decoded), "nothing is turned twice"
+
+
+def test_an_image_that_is_upright_rgb_is_not_copied():
+    image = noise(4, 3)
+    assert upright_rgb(image) is image
 
 
 def test_an_animation_gives_its_first_frame():
@@ -118,6 +141,16 @@ def png_header(width: int, height: int, depth: int = 8, pixels: bytes = b"") -> 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
     with pytest.raises(ValueError, match=f"more than {MAX_PIXELS} pixels"):
         decode_image(png_header(side, side))
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (1, MAX_PIXELS)])
+def test_a_strip_longer_than_any_jpeg_is_refused_before_it_is_decoded(size):
+    with pytest.raises(ValueError, match=f"a side of {max(size)} pixels, more than {MAX_SIDE}"):
+        decode_image(png_header(*size))
+
+
+def test_the_longest_strip_is_decoded():
+    assert decode_image(encode(Image.new("RGB", (1, MAX_SIDE)), "PNG")).size == (1, MAX_SIDE)
 
 
 def test_the_largest_image_is_not_taken_for_a_bomb(monkeypatch):
@@ -186,6 +219,35 @@ def test_center_crop_is_what_clip_does(size):
     clip = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24, do_rescale=False, do_normalize=False)
     expected = np.asarray(clip(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
     assert np.array_equal(np.asarray(apply_view(image, "center_crop", 24)), expected)
+
+
+@pytest.mark.parametrize("size", [(200, 3), (3, 200), (90, 50), (50, 90), (1, 70)])
+@pytest.mark.parametrize("view", ["pad", "center_crop"])
+def test_where_memory_has_to_be_saved_the_picture_is_the_same(monkeypatch, size, view):
+    image = noise(5, 5).resize(size)
+    expected = np.asarray(apply_view(image, view, 24), int)
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)
+    assert np.abs(np.asarray(apply_view(image, view, 24), int) - expected).max() <= 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process cannot be kept from taking memory")
+def test_no_shape_of_an_image_takes_much_memory():
+    """In a process that may take 512 MiB more than it has: a crop would resize to 9 GB, a padded square take 1.6."""
+    script = """if True:
+        import resource
+        from itertools import product
+        from pathlib import Path
+        from PIL import Image
+        from olavlm.data.images import MAX_SIDE, apply_view
+
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, taken + 2**29))
+        for long, short in ((20_000, 1_000), (20_000, 1), (MAX_SIDE, 1)):
+            for size, view in product(((long, short), (short, long)), ("squash", "pad", "center_crop")):
+                apply_view(Image.new("RGB", size), view, 336)
+        """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olavlm.config import TeacherConfig
-from olavlm.data import codec
+from olavlm.data import atomic, codec, files
 from olavlm.data.commit import TarWriter, describe_arrays, first_blocks, shard
 from olavlm.data.lease import LeaseLost
 from olavlm.data.targets import Identity, TargetSet, TargetStore
@@ -287,6 +289,26 @@ def test_promise_3_once_a_zombie_cannot_publish_after_a_takeover(
     assert _shards(target) == whole
 
 
+@pytest.mark.parametrize("fails", ["olavlm.data.commit.sweep", "pathlib.Path.exists"])
+def test_promise_3_once_an_error_on_the_way_to_a_tar_leaves_it_to_the_next(
+    store: TargetStore, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """As of a file server that is away: a lease kept by nobody would have a heart all the same."""
+
+    def fail(_: Path) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    target = store.add(IDENTITY, BLOCK)
+    zombie = TarWriter.open(target, Tar(), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("olavlm.data.lease._stale", lambda path: True)
+        patch.setattr(fails, fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            TarWriter.open(target, Tar(), 0)
+    _write(target, Tar(), 3)
+    zombie.__exit__()
+
+
 def test_promise_3_once_a_zombie_stopped_right_before_the_rename_fails(
     store: TargetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,13 +402,55 @@ def test_damaged_and_missing_bytes_are_named(store: TargetStore) -> None:
     with pytest.raises(OlaError, match="missing, though the target of sample 'k1' is committed in it"):
         TargetSet(target.path).read(rows[2], "k1")
 
+    file.mkdir()
+    with pytest.raises(OlaError, match=r"the target of sample 'k1' cannot be read \(Is a directory\)"):
+        TargetSet(target.path).read(rows[2], "k1")
+
+
+def test_a_block_that_another_machine_replaced_is_opened_anew(
+    store: TargetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS: what an open file was replaced by is there, but reading on in the open one fails with ESTALE."""
+    target = store.add(IDENTITY, BLOCK)
+    values, _ = _write(target, Tar(), 3)
+    row = target.commit(Tar()).to_pylist()[1]
+    target.read(row, "k0")
+    file = target.values_file(0)
+    gone, preadv = file.stat().st_ino, os.preadv
+    atomic.replace(file, file.read_bytes())
+
+    def stale(fd: int, *arguments: Any) -> int:
+        if os.fstat(fd).st_ino == gone:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(fd, *arguments)
+
+    monkeypatch.setattr(os, "preadv", stale)
+    assert (target.read(row, "k0")[0] == values[0]).all()
+
+
+def test_all_readers_of_a_process_hold_few_files_open(store: TargetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two corpora with three sets each, every one with 128 files, would reach the usual limit of 1024."""
+    monkeypatch.setattr(files, "STAY_OPEN", 10)
+    target = store.add(IDENTITY, 1)
+    _write(target, Tar(), 8)
+    rows = target.commit(Tar()).to_pylist()[1:]
+    before = len(os.listdir("/dev/fd"))
+    readers = [TargetSet(target.path) for _ in range(8)]
+    for row in rows:
+        for reader in readers:
+            reader.read(row, row["key"])
+    assert len(os.listdir("/dev/fd")) <= before + 10
+    readers.clear()
+    del reader
+    assert len(os.listdir("/dev/fd")) <= before
+
 
 def test_many_threads_read_more_files_than_stay_open(store: TargetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     target = store.add(IDENTITY, 1)
     values, scales = _write(target, Tar(), 40)
     rows = target.commit(Tar()).to_pylist()[1:]
     reader = TargetSet(target.path)
-    monkeypatch.setattr(reader._files, "_limit", 3)
+    monkeypatch.setattr(files, "STAY_OPEN", 3)
 
     def check(i: int) -> bool:
         got, got_scales = reader.read(rows[i], f"k{i}")

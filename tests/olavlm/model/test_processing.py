@@ -1,5 +1,6 @@
 """What the student reads: expansion of images, labels, cuts, pixels."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoProcessor
 
-from olavlm.data.images import apply_view
+from olavlm.data.images import apply_view, decode_image
 from olavlm.errors import OlaError
 from olavlm.model import OlaVlmForConditionalGeneration, OlaVlmProcessor
 
@@ -166,6 +167,23 @@ def test_pixels_are_the_view_normalised(processor: OlaVlmProcessor, images: list
     expected = (seen - processor.image_processor.image_mean) / processor.image_processor.image_std
     assert_close(values[0], torch.from_numpy(expected).permute(2, 0, 1).float())
     assert processor.pixel_values([]).shape == (0, 3, 32, 32)
+
+
+def test_an_opened_image_is_seen_as_in_training(processor: OlaVlmProcessor) -> None:
+    """A photograph that lies on its side, a drawing without a background, 16-bit grey."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sources = [
+        (Image.fromarray(noise[..., :3]), "JPEG", {"exif": exif}),
+        (Image.fromarray(noise), "PNG", {}),
+        (Image.fromarray(noise[..., 0].astype(np.uint16) * 256), "PNG", {}),
+    ]
+    for image, kind, options in sources:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        expected = processor.pixel_values([decode_image(buffer.getvalue())])
+        assert torch.equal(processor.pixel_values([Image.open(buffer)]), expected)
 
 
 def test_a_batch_for_generation_is_padded_on_the_left(processor: OlaVlmProcessor, images: list[Image.Image]) -> None:
