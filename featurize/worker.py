@@ -56,6 +56,7 @@ class Report:
     failed: list[tuple[str, int, str]] = field(default_factory=list)  # key, image index, reason
     busy: list[str] = field(default_factory=list)  # tasks another writer is at
     error: str | None = None  # why nothing can be made of this tar, though of others
+    elsewhere: bool = False  # another machine may well be able to: what is wrong is that this one cannot read it
     seconds: float = 0.0
     forward_seconds: float = 0.0  # of them, in the teachers
 
@@ -123,7 +124,7 @@ class Worker:
         A tar that is unreadable, or not what was indexed or committed, is reported as such.
 
         Raises:
-            OlaError: corpus or store cannot be opened.
+            OlaError: the store cannot be opened.
             OSError: the disk is full, for example; nothing half-written stays visible.
         """
         report = Report(unit)
@@ -133,7 +134,11 @@ class Worker:
         return report
 
     def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
-        corpus, first_block = self._open_corpus(unit)
+        try:
+            corpus, first_block = self._open_corpus(unit)
+        except OlaError as error:  # whoever made the unit could
+            report.error, report.elsewhere = str(error), True
+            return
         store = TargetStore.open(unit.targets, corpus.id)
         sets = {
             task: store.add(identity, self.settings.block, self.settings.format)
@@ -143,6 +148,7 @@ class Worker:
             self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report, read)
         except OlaError as error:
             report.error = str(error)
+            report.elsewhere = isinstance(error.__context__, OSError)  # damage is the same everywhere, a mount is not
 
     def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
         """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown.
