@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from featurize.watchdog import Watchdog
 from featurize.worker import Report, Unit, Worker
 from olavlm.config import FeaturizeConfig, TeacherConfig
 from olavlm.data.objects import AnyPath
@@ -29,6 +30,7 @@ ATTEMPTS = 3  # per tar, when a worker dies or stumbles over something that may 
 IN_HAND = 2  # tars a worker has: the next one is read while the last batches of the one before are written
 NOTICE = 20.0  # seconds without any worker after which the job says what it waits for
 PATIENCE = 1800.0  # and after which it gives up
+HUNG = 7200.0  # seconds for a batch, whatever the teacher and the processor, before a worker is given up
 GRACE = 10.0  # seconds that workers have to leave their tars after Ctrl-C or an error
 
 Say = Callable[[str], None]
@@ -66,7 +68,11 @@ def _absolute(teacher: TeacherConfig) -> TeacherConfig:
 
 
 def make_worker(
-    teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity], lanes: int = 1
+    teachers: dict[str, TeacherConfig],
+    settings: FeaturizeConfig,
+    identities: dict[str, Identity],
+    lanes: int = 1,
+    moved: Callable[[], None] = lambda: None,
 ) -> Worker:
     """A worker; on a CPU its forward passes use one thread, so that `workers` is what fills the cores.
 
@@ -74,7 +80,7 @@ def make_worker(
     """
     if settings.gpus_per_worker == 0:
         torch.set_num_threads(1)
-    return Worker(teachers, settings, identities, lanes)
+    return Worker(teachers, settings, identities, lanes, moved)
 
 
 class InProcess:
@@ -110,8 +116,8 @@ class RayPool:
     """A pool of Ray actors that pull tars; joins the cluster RAY_ADDRESS names, or starts a quiet one on this machine.
 
     It works with the workers the cluster has room for; the others join when there is more. A worker that is lost, alone
-    or with its node, or in which something breaks, is replaced, and its tars are tried again, on another machine where
-    there is one: what ails a machine must not use up the attempts of all tars.
+    or with its node, or in which something breaks or hangs, is replaced, and its tars are tried again, on another
+    machine where there is one: what ails a machine must not use up the attempts of all tars.
 
     Ray Core rather than Ray Data: a unit runs for minutes and returns a few numbers, so there is nothing to stream, and
     a pool has half the overhead (measured: 20 tasks of 0.2 s on 2 cores take 4.9 s, through Ray Data 9.3 s).
@@ -374,17 +380,18 @@ class _Actor:
     ):
         self._job_host = job_host
         self._arguments = teachers, settings, identities
+        self._watchdog = Watchdog(HUNG)
         self._worker: Worker
 
     def open(self) -> str:
         """Load the teachers; on which machine that is."""
         with self._where():
-            self._worker = make_worker(*self._arguments)
+            self._worker = make_worker(*self._arguments, moved=self._watchdog.moved)
         return socket.gethostname()
 
     def run(self, unit: Unit, stamp: tuple[int, int] | None) -> Report:
         """Run the unit, if its store is the one that the job sees."""
-        with self._where():
+        with self._where(), self._watchdog:
             if _stamp(unit.targets) != stamp:
                 raise OlaError(
                     f"{unit.targets}: not the store that the job on {self._job_host} sees under that name; "

@@ -83,6 +83,7 @@ class Worker:
         identities: what the job found these teachers to be; on another machine they could be other weights.
         lanes: how many tars are read, and batches computed, at the same time. `run` may be called by more threads: a
             tar is begun when all images of one before are decoded, while that one is being finished and committed.
+        moved: is called with every batch, by any thread.
 
     Raises:
         OlaError: a teacher's weights are missing, do not fit or are others; or a GPU is asked for and there is none.
@@ -94,6 +95,7 @@ class Worker:
         settings: FeaturizeConfig,
         identities: dict[str, Identity],
         lanes: int = 1,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         gpu = settings.gpus_per_worker > 0
         if gpu and not torch.cuda.is_available():
@@ -103,6 +105,7 @@ class Worker:
             task: teachers.load(config, "cuda" if gpu else "cpu") for task, config in configs.items()
         }
         self.identities = identities
+        self._moved = moved
         self._stop = threading.Event()
         self._corpora: dict[AnyPath, tuple[Corpus, dict[str, int]]] = {}
         self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
@@ -247,6 +250,7 @@ class Worker:
         report: Report,
     ) -> None:
         """Encode one batch, padded to its fixed size so that results do not depend on how a tar is cut into batches."""
+        self._moved()
         teacher = self.teachers[task]
         pixels = [sample.pixels.pop(task) for sample in samples if task in sample.pixels]
         features = None

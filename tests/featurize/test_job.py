@@ -1,5 +1,6 @@
 """What a job does with its worker, its tars and its temporary folder; nothing here needs Ray."""
 
+import faulthandler
 import socket
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from featurize import job
-from featurize.stage import run_pipeline
+from featurize.stage import open_jobs, run_pipeline
 from featurize.teachers.unclip import UnClip
 from featurize.worker import Report, Unit
 from olavlm.config import FeaturizeConfig
@@ -68,6 +69,25 @@ def test_what_a_killed_job_left_in_the_temporary_folder_goes_with_the_next(
     own.remove()
     living.remove()
     assert list(tmp_path.iterdir()) == [starting]
+
+
+def test_a_worker_that_hangs_is_ended_and_one_that_works_is_not(
+    world: Any, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time begins anew with every batch, and ends with the tar."""
+    watched: list[float | None] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, exit: watched.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: watched.append(None))
+    config = world.config(tmp_path)
+    (done,) = open_jobs(world.config(unbroken))
+    identities = {task: target.identity for task, target in done.sets.items()}
+    (unit, _) = open_jobs(config, identities)[0].missing()
+    actor = job._Actor("", config.teachers, config.featurize, identities)
+    actor.open()
+    assert actor.run(unit, job._stamp(unit.targets)).images == 7
+    batches = 2 + 2 + 2  # at least, of four, three and five images
+    assert len(watched) >= 1 + batches + 1
+    assert watched == [job.HUNG] * (len(watched) - 1) + [None]
 
 
 # ---- workers and machines that fail
@@ -174,7 +194,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     ) -> tuple[dict[str, Report], list[str]]:
         monkeypatch.setitem(sys.modules, "ray", machines)
         monkeypatch.setattr(socket, "gethostname", lambda: machines.here)
-        monkeypatch.setattr(job, "make_worker", lambda *_: Ailing(start, work))
+        monkeypatch.setattr(job, "make_worker", lambda *_, **__: Ailing(start, work))
         said: list[str] = []
         settings = FeaturizeConfig(executor="ray", workers=workers or len(machines.names))
         units = [Unit("all", tmp_path / "corpus", tmp_path / "targets", str(t)) for t in range(8)]
