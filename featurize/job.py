@@ -135,6 +135,7 @@ class RayPool:
         self._opening: dict[Any, Any] = {}  # actors by the call that will say they are ready
         self._hands: dict[Any, list[Unit]] = {}  # what every ready actor was given
         self._hosts: dict[Any, str] = {}  # the machine of every actor that ever was ready
+        self._proven: set[str] = set()  # machines that have done a tar, and found no bad input since
         self._running: dict[Any, tuple[Any, Unit]] = {}
         self._refused = 0  # actors in a row that did not come to be while none was ready
         self._patient = True  # a tar that failed on the machines there are waits for those that start
@@ -216,8 +217,8 @@ class RayPool:
         """Every unit on the next free actor. A broken one is replaced and its tars are tried again, `ATTEMPTS` times.
 
         Raises:
-            OlaError: bad input, or no room for any worker for `PATIENCE` seconds, at once; or tars that failed every
-                attempt, by name, when all others are done.
+            OlaError: bad input (unless one machine alone finds it), or no room for any worker for `PATIENCE` seconds,
+                at once; or tars that failed every attempt, by name, when all others are done.
             OSError: no space left, at once.
         """
         queue = deque(units)
@@ -252,6 +253,8 @@ class RayPool:
                 failures[unit].append(host)
                 queue.append(unit)
             else:
+                if report.error is None:
+                    self._proven.add(host)
                 yield report
         if given_up:
             raise OlaError(f"{len(given_up)} tars failed {ATTEMPTS} times each: " + " | ".join(given_up))
@@ -345,12 +348,16 @@ class RayPool:
         """Replace an actor that is gone or broken, unless going on is pointless.
 
         After an error that is none of ours (CUDA's, most often) its process may be good for nothing any more, and fail
-        at whatever it is given.
+        at whatever it is given. Bad input that another machine does not find is a machine's that has lost its store.
         """
-        self._raise_if_final(error)
+        host, reason = self._hosts[actor], _reason(error)
+        bad_input = isinstance(getattr(error, "cause", None), OlaError)
+        if bad_input:
+            self._proven.discard(host)
+        if not (bad_input and self._proven):
+            self._raise_if_final(error)
         if self._hands.pop(actor, None) is not None:
-            where = f"{self._hosts[actor]}, {unit.data}/{unit.tar}"
-            self._say(f"a worker is replaced ({where}): {_reason(error)}")
+            self._say_once(f"{host} {reason}", f"a worker is replaced ({host}, {unit.data}/{unit.tar}): {reason}")
             self._ray.kill(actor)  # it may only be out of reach, and would keep its place
             self._open()
 

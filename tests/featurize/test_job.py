@@ -308,6 +308,34 @@ def test_a_job_ends_when_no_worker_starts_at_all_or_any_more(run: Any) -> None:
         run(Machines("a"), work, once)
 
 
+def test_a_machine_that_has_lost_its_store_is_named_and_the_others_go_on(run: Any) -> None:
+    machines = Machines("well", "sick")
+
+    def work(host: str, state: None, unit: Unit) -> Report:
+        machines.names = ("well", "sick") if host == "sick" else ("sick", "well")  # each after the other
+        if host == "sick":
+            raise OlaError("another store")
+        return Report(unit)
+
+    _, said = run(machines, work)
+    assert said == ["a worker is replaced (sick, all/3): on sick: another store"]  # and again, which is not said
+
+
+def test_a_store_that_is_lost_everywhere_ends_the_job(run: Any) -> None:
+    machines, done = Machines("a", "b"), 0
+
+    def work(host: str, state: None, unit: Unit) -> Report:
+        nonlocal done
+        machines.names = ("b", "a") if host == "a" else ("a", "b")
+        done += 1
+        if done > 4:
+            raise OlaError("no store")
+        return Report(unit)
+
+    with pytest.raises(OlaError, match=r"^on [ab]: no store$"):
+        run(machines, work)
+
+
 def test_machines_that_are_called_away_cost_no_attempt(run: Any) -> None:
     times = iter(range(100))
 
