@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from featurize.watchdog import Watchdog
 from featurize.worker import Report, Unit, Worker
 from olavlm.config import FeaturizeConfig, TeacherConfig
 from olavlm.data.objects import AnyPath
@@ -29,6 +30,7 @@ ATTEMPTS = 3  # per tar, when a worker dies or stumbles over something that may 
 IN_HAND = 2  # tars a worker has: the next one is read while the last batches of the one before are written
 NOTICE = 20.0  # seconds without any worker after which the job says what it waits for
 PATIENCE = 1800.0  # and after which it gives up
+HUNG = 7200.0  # seconds for a batch, whatever the teacher and the processor, before a worker is given up
 GRACE = 10.0  # seconds that workers have to leave their tars after Ctrl-C or an error
 
 Say = Callable[[str], None]
@@ -66,7 +68,11 @@ def _absolute(teacher: TeacherConfig) -> TeacherConfig:
 
 
 def make_worker(
-    teachers: dict[str, TeacherConfig], settings: FeaturizeConfig, identities: dict[str, Identity], lanes: int = 1
+    teachers: dict[str, TeacherConfig],
+    settings: FeaturizeConfig,
+    identities: dict[str, Identity],
+    lanes: int = 1,
+    moved: Callable[[], None] = lambda: None,
 ) -> Worker:
     """A worker; on a CPU its forward passes use one thread, so that `workers` is what fills the cores.
 
@@ -74,7 +80,7 @@ def make_worker(
     """
     if settings.gpus_per_worker == 0:
         torch.set_num_threads(1)
-    return Worker(teachers, settings, identities, lanes)
+    return Worker(teachers, settings, identities, lanes, moved)
 
 
 class InProcess:
@@ -110,7 +116,8 @@ class RayPool:
     """A pool of Ray actors that pull tars; joins the cluster RAY_ADDRESS names, or starts a quiet one on this machine.
 
     It works with the workers the cluster has room for; the others join when there is more. A worker that is lost, alone
-    or with its node, is replaced, and its tars are tried again.
+    or with its node, or in which something breaks or hangs, is replaced, and its tars are tried again, on another
+    machine where there is one: what ails a machine must not use up the attempts of all tars.
 
     Ray Core rather than Ray Data: a unit runs for minutes and returns a few numbers, so there is nothing to stream, and
     a pool has half the overhead (measured: 20 tasks of 0.2 s on 2 cores take 4.9 s, through Ray Data 9.3 s).
@@ -127,8 +134,12 @@ class RayPool:
         self._settings, self._say = settings, say
         self._opening: dict[Any, Any] = {}  # actors by the call that will say they are ready
         self._hands: dict[Any, list[Unit]] = {}  # what every ready actor was given
+        self._hosts: dict[Any, str] = {}  # the machine of every actor that ever was ready
+        self._proven: set[str] = set()  # machines that have done a tar, and found no bad input since
         self._running: dict[Any, tuple[Any, Unit]] = {}
-        self._refused = 0  # actors in a row that did not come to be
+        self._refused = 0  # actors in a row that did not come to be while none was ready
+        self._patient = True  # a tar that failed on the machines there are waits for those that start
+        self._said: set[str] = set()
 
     @property
     def workers(self) -> int:
@@ -203,40 +214,52 @@ class RayPool:
             self._stop()
 
     def run(self, units: Iterable[Unit]) -> Iterator[Report]:
-        """Every unit on the next free actor. A dead one is replaced and its tars are tried again, `ATTEMPTS` times.
+        """Every unit on the next free actor. A broken one is replaced and its tars are tried again, `ATTEMPTS` times.
 
         Raises:
-            OlaError: bad input, or no room for any worker for `PATIENCE` seconds, at once; or tars that failed every
-                attempt, by name, when all others are done.
+            OlaError: bad input (unless one machine alone finds it), or no room for any worker for `PATIENCE` seconds,
+                at once; or tars that failed every attempt, by name, when all others are done.
             OSError: no space left, at once.
         """
         queue = deque(units)
-        failures: Counter[Unit] = Counter()
+        failures: dict[Unit, list[str]] = {}  # on which machine each attempt failed
         given_up: list[str] = []
         while queue or self._running:
             self._hand_out(queue, failures)
             done = self._wait()
+            if done is None:
+                self._patient = False
+                continue
             if done in self._opening:
                 self._opened(done)
                 continue
             actor, unit = self._running.pop(done)
             if actor in self._hands:
                 self._hands[actor].remove(unit)
+            host = self._hosts[actor]
             try:
                 report: Report = self._ray.get(done)
             except self._ray.exceptions.RayError as error:
-                self._recover(actor, error)
-                failures[unit] += 1
-                if failures[unit] < ATTEMPTS:
+                self._recover(actor, unit, error)
+                if not getattr(error, "preempted", False):  # a machine that is called away says nothing of the tar
+                    failures.setdefault(unit, []).append(host)
+                if len(failures.get(unit, ())) < ATTEMPTS:
                     queue.append(unit)
                 else:
-                    given_up.append(f"{unit.data}/{unit.tar}: {_last_line(error)}")
+                    given_up.append(f"{unit.data}/{unit.tar}: {_reason(error)}")
+                continue
+            if report.elsewhere and len(failures.setdefault(unit, [])) < ATTEMPTS - 1:
+                self._say_once(host, f"{host} cannot read {unit.data}/{unit.tar}, which is tried again: {report.error}")
+                failures[unit].append(host)
+                queue.append(unit)
             else:
+                if report.error is None:
+                    self._proven.add(host)
                 yield report
         if given_up:
             raise OlaError(f"{len(given_up)} tars failed {ATTEMPTS} times each: " + " | ".join(given_up))
 
-    def _hand_out(self, queue: deque[Unit], failures: Counter[Unit]) -> None:
+    def _hand_out(self, queue: deque[Unit], failures: dict[Unit, list[str]]) -> None:
         """One tar to everybody, then one ahead, unless there are no more than the others may soon take.
 
         A tar that was there when a worker failed goes to a worker alone: what it may do again must not be blamed on
@@ -246,14 +269,27 @@ class RayPool:
             for actor, hand in self._hands.items():
                 if not queue or (ahead and len(queue) <= self._settings.workers):
                     return
-                alone = any(unit in failures for unit in (*hand, queue[0]))
-                if len(hand) == ahead and not (ahead and alone):
-                    unit = queue.popleft()
-                    hand.append(unit)
-                    self._running[actor.run.remote(unit, _stamp(unit.targets))] = actor, unit
+                if len(hand) != ahead:
+                    continue
+                unit = self._first_for(self._hosts[actor], queue, failures)
+                if unit is None or (ahead and any(tar in failures for tar in (*hand, unit))):
+                    continue
+                queue.remove(unit)
+                hand.append(unit)
+                self._running[actor.run.remote(unit, _stamp(unit.targets))] = actor, unit
+
+    def _first_for(self, host: str, queue: deque[Unit], failures: dict[Unit, list[str]]) -> Unit | None:
+        """The first tar that has not failed on this machine; if no worker of another one is there or to come, any."""
+        others = {self._hosts[actor] for actor in self._hands}
+        if self._opening and self._patient:
+            others.add("one that starts")
+        return next((u for u in queue if host not in (tried := failures.get(u, ())) or others <= {*tried}), None)
 
     def _wait(self) -> Any:
-        """The next call to be done; while there is no worker at all, say what is waited for, and at last give up."""
+        """The next call to be done; None if nobody works and those who start, for whom tars were kept, take too long.
+
+        While there is no worker at all, say what is waited for, and at last give up.
+        """
         start, said = time.monotonic(), False
         while True:
             done, _ = self._ray.wait([*self._running, *self._opening], timeout=NOTICE)
@@ -262,6 +298,8 @@ class RayPool:
             if self._running:
                 start = time.monotonic()
                 continue
+            if self._hands:
+                return None
             need = f"1 CPU and {self._settings.gpus_per_worker:g} GPUs on one node"
             nodes = Counter(
                 f"{node['Resources'].get('CPU', 0):g} CPU and {node['Resources'].get('GPU', 0):g} GPU"
@@ -283,29 +321,50 @@ class RayPool:
         self._opening[actor.open.remote()] = actor
 
     def _opened(self, call: Any) -> None:
-        """Take an actor in, or try another one in its place."""
+        """Take an actor in, or try another one in its place.
+
+        Once one has been ready it is the machine's fault that another is not, and the job goes on with those it has.
+        """
         actor = self._opening.pop(call)
         try:
-            self._ray.get(call)
+            self._hosts[actor] = self._ray.get(call)
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor)
-            self._raise_if_final(error)
-            self._refused += 1
+            if not self._hosts:
+                self._raise_if_final(error)
+            reason = _reason(error)
+            self._say_once(reason, f"a worker did not start, another is tried: {reason}")
+            self._patient = False
+            self._refused += not self._hands
             if self._refused == ATTEMPTS * self._settings.workers:
-                raise OlaError(
-                    f"featurize: {self._refused} workers in a row did not start: {_last_line(error)}"
-                ) from None
+                raise OlaError(f"featurize: {self._refused} workers in a row did not start: {reason}") from None
             self._open()
         else:
             self._hands[actor] = []
             self._refused = 0
+            self._patient = True
 
-    def _recover(self, actor: Any, error: Exception) -> None:
-        """Replace an actor that is gone, unless going on is pointless."""
-        self._raise_if_final(error)
-        if isinstance(error, self._ray.exceptions.RayActorError) and self._hands.pop(actor, None) is not None:
+    def _recover(self, actor: Any, unit: Unit, error: Exception) -> None:
+        """Replace an actor that is gone or broken, unless going on is pointless.
+
+        After an error that is none of ours (CUDA's, most often) its process may be good for nothing any more, and fail
+        at whatever it is given. Bad input that another machine does not find is a machine's that has lost its store.
+        """
+        host, reason = self._hosts[actor], _reason(error)
+        bad_input = isinstance(getattr(error, "cause", None), OlaError)
+        if bad_input:
+            self._proven.discard(host)
+        if not (bad_input and self._proven):
+            self._raise_if_final(error)
+        if self._hands.pop(actor, None) is not None:
+            self._say_once(f"{host} {reason}", f"a worker is replaced ({host}, {unit.data}/{unit.tar}): {reason}")
             self._ray.kill(actor)  # it may only be out of reach, and would keep its place
             self._open()
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(text)
 
     def _raise_if_final(self, error: Exception) -> None:
         """Bad input and full disks do not pass."""
@@ -328,16 +387,18 @@ class _Actor:
     ):
         self._job_host = job_host
         self._arguments = teachers, settings, identities
+        self._watchdog = Watchdog(HUNG)
         self._worker: Worker
 
-    def open(self) -> None:
-        """Load the teachers."""
+    def open(self) -> str:
+        """Load the teachers; on which machine that is."""
         with self._where():
-            self._worker = make_worker(*self._arguments)
+            self._worker = make_worker(*self._arguments, moved=self._watchdog.moved)
+        return socket.gethostname()
 
     def run(self, unit: Unit, stamp: tuple[int, int] | None) -> Report:
         """Run the unit, if its store is the one that the job sees."""
-        with self._where():
+        with self._where(), self._watchdog:
             if _stamp(unit.targets) != stamp:
                 raise OlaError(
                     f"{unit.targets}: not the store that the job on {self._job_host} sees under that name; "
@@ -417,5 +478,10 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+def _reason(error: Exception) -> str:
+    """One line: the first of what was raised in a worker (CUDA's go on with advice), or the last of Ray's own."""
+    cause = getattr(error, "cause", None)
+    if cause is None:
+        return str(error).strip().splitlines()[-1]
+    text = (str(cause).strip() or "no message").splitlines()[0]
+    return text if isinstance(cause, OlaError) else f"{type(cause).__name__}: {text}"

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,8 @@ def _execute(
     bar = progress.add_task("", total=sum(images[unit.data, unit.tar] for unit in units), note="")
     start = time.monotonic()
     done, failed, busy_seconds = 0, 0, 0.0
-    with executor(config.teachers, config.featurize, identities, console.print) as pool, progress:
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with executor(config.teachers, config.featurize, identities, say) as pool, progress:
         while units:
             deferred = []
             for report in pool.run(units):
@@ -152,9 +154,7 @@ def _execute(
                 else:
                     progress.advance(bar, images[report.unit.data, report.unit.tar])
                 if report.error:
-                    console.print(
-                        f"{report.unit.data}/{report.unit.tar}: {report.error}", highlight=False, soft_wrap=True
-                    )
+                    say(f"{report.unit.data}/{report.unit.tar}: {report.error}")
                 done, failed = done + report.images, failed + len(report.failed)
                 busy_seconds += report.forward_seconds
                 elapsed = time.monotonic() - start

@@ -56,6 +56,7 @@ class Report:
     failed: list[tuple[str, int, str]] = field(default_factory=list)  # key, image index, reason
     busy: list[str] = field(default_factory=list)  # tasks another writer is at
     error: str | None = None  # why nothing can be made of this tar, though of others
+    elsewhere: bool = False  # another machine may well be able to: what is wrong is that this one cannot read it
     seconds: float = 0.0
     forward_seconds: float = 0.0  # of them, in the teachers
 
@@ -82,6 +83,7 @@ class Worker:
         identities: what the job found these teachers to be; on another machine they could be other weights.
         lanes: how many tars are read, and batches computed, at the same time. `run` may be called by more threads: a
             tar is begun when all images of one before are decoded, while that one is being finished and committed.
+        moved: is called with every batch, by any thread.
 
     Raises:
         OlaError: a teacher's weights are missing, do not fit or are others; or a GPU is asked for and there is none.
@@ -93,6 +95,7 @@ class Worker:
         settings: FeaturizeConfig,
         identities: dict[str, Identity],
         lanes: int = 1,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         gpu = settings.gpus_per_worker > 0
         if gpu and not torch.cuda.is_available():
@@ -102,6 +105,7 @@ class Worker:
             task: teachers.load(config, "cuda" if gpu else "cpu") for task, config in configs.items()
         }
         self.identities = identities
+        self._moved = moved
         self._stop = threading.Event()
         self._corpora: dict[AnyPath, tuple[Corpus, dict[str, int]]] = {}
         self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
@@ -123,7 +127,7 @@ class Worker:
         A tar that is unreadable, or not what was indexed or committed, is reported as such.
 
         Raises:
-            OlaError: corpus or store cannot be opened.
+            OlaError: the store cannot be opened.
             OSError: the disk is full, for example; nothing half-written stays visible.
         """
         report = Report(unit)
@@ -133,7 +137,11 @@ class Worker:
         return report
 
     def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
-        corpus, first_block = self._open_corpus(unit)
+        try:
+            corpus, first_block = self._open_corpus(unit)
+        except OlaError as error:  # whoever made the unit could
+            report.error, report.elsewhere = str(error), True
+            return
         store = TargetStore.open(unit.targets, corpus.id)
         sets = {
             task: store.add(identity, self.settings.block, self.settings.format)
@@ -143,6 +151,7 @@ class Worker:
             self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report, read)
         except OlaError as error:
             report.error = str(error)
+            report.elsewhere = isinstance(error.__context__, OSError)  # damage is the same everywhere, a mount is not
 
     def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
         """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown.
@@ -241,6 +250,7 @@ class Worker:
         report: Report,
     ) -> None:
         """Encode one batch, padded to its fixed size so that results do not depend on how a tar is cut into batches."""
+        self._moved()
         teacher = self.teachers[task]
         pixels = [sample.pixels.pop(task) for sample in samples if task in sample.pixels]
         features = None

@@ -16,13 +16,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from olavlm.config import TeacherConfig
 from olavlm.data.images import apply_view
 from olavlm.data.targets import Identity
 from olavlm.errors import OlaError
+
+#: What a configuration says beside how its network computes; and whatever begins with an underscore.
+_NAMES = {"transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id"}
 
 #: Changes whenever `preprocess` of any teacher would give other numbers for the same image.
 PREPROCESSING_VERSION = 1
@@ -151,7 +154,7 @@ class Teacher(ABC):
             teacher=config.teacher,
             weights=Path(config.weights).name if Path(config.weights).is_dir() else config.weights,
             revision=config.revision,
-            weights_hash=weights_hash(self.folder / self.weights_folder),
+            weights_hash=f"{weights_hash(self.folder / self.weights_folder)}-{architecture_hash(self.architecture)}",
             compute_dtype=config.dtype,
             view=config.view,
             input_size=config.input_size,
@@ -251,6 +254,26 @@ def weights_hash(folder: Path) -> str:
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
+
+
+def architecture_hash(architecture: Any) -> str:
+    """Hash (8 bytes of blake2b, hex) over what no tensor shows: activations, heads, epsilons …"""
+    return blake2b(json.dumps(_stated(architecture), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _stated(architecture: Any) -> dict[str, Any]:
+    """What is not the default of the configuration's class, whether the file spells defaults out or not.
+
+    So a newer transformers, whose classes have more keys, finds the same.
+    """
+    defaults = type(architecture)().to_dict()
+    stated = {"model_type": architecture.model_type}
+    for name, value in architecture.to_dict().items():
+        if isinstance(part := getattr(architecture, name, None), PreTrainedConfig):
+            stated[name] = _stated(part)
+        elif not (name.startswith("_") or name in _NAMES or (name in defaults and value == defaults[name])):
+            stated[name] = value
+    return stated
 
 
 def _statistics(file: Path, processor: dict[str, Any]) -> tuple[list[float], list[float]]:

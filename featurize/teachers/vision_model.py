@@ -15,6 +15,7 @@ pooled output. Of a dual model (CLIP, SigLIP) the vision tower is taken.
 """
 
 import inspect
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -97,9 +98,14 @@ class VisionModel(Teacher):
     def _features(self, model: nn.Module, pixels: Tensor) -> list[Tensor]:
         """The features of each layer asked for, or the pooled output: (n, grid², width) float32 each."""
         found: dict[int, Any] = {}
+        here = get_ident()
 
         def keep(layer: int) -> Any:
-            return lambda module, inputs, output: found.update({layer: output})
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                if get_ident() == here:  # else it is another image's: lanes share the network, and so all hooks on it
+                    found[layer] = output
+
+            return hook
 
         hooks = [blocks(model)[layer].register_forward_hook(keep(layer)) for layer in self.layers]
         options = {}

@@ -2,20 +2,27 @@
 
 import errno
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
+from featurize import teachers
 from featurize.inspect import SIDE, pictures
 from featurize.lifecycle import withdraw_damaged
 from featurize.plan import plan
 from featurize.stage import open_jobs, run_pipeline
+from featurize.teachers.unclip import UnClip
 from featurize.verify import verify
-from olavlm.config import load_pipeline
+from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data.codec import encoded_bytes
+from olavlm.data.targets import TargetSet
 from olavlm.errors import OlaError
 
 # ---- plan
@@ -110,7 +117,6 @@ def test_verify_names_a_commit_of_other_images(world: Any, own: Path, monkeypatc
 
 def test_verify_recomputes_what_was_tampered_with_consistently(world: Any, own: Path) -> None:
     """Values and checksum agree, but they are not what the teacher computes: only --recompute can tell."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     from olavlm.data.targets import checksum
@@ -139,6 +145,78 @@ def test_verify_recomputes_what_was_tampered_with_consistently(world: Any, own: 
     assert all("all, depth, tar" in line and "quantization steps off" in line for line in lines)
     assert all(mended for _, mended in withdraw_damaged(world.config(own), recompute=10))
     assert [target.commit(tar) for tar in job.corpus.tars] == [None, None]
+
+
+def _gen_alone(config: PipelineConfig) -> PipelineConfig:
+    return config.model_copy(update={"teachers": {"gen": config.teachers["gen"]}})
+
+
+def _distort(run: Path, world: Any, change: Callable[[torch.Tensor], torch.Tensor], *overrides: str) -> PipelineConfig:
+    """A store whose features were changed before they were quantized; its configuration."""
+    encode = UnClip.encode
+    config = _gen_alone(world.config(run, *overrides))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnClip, "encode", lambda self, pixels: change(encode(self, pixels)))
+        run_pipeline(config)
+    return config
+
+
+def _as_on_other_hardware(features: torch.Tensor) -> torch.Tensor:
+    """Up to 5 units in bfloat16's last place of each token's largest value."""
+    noise = torch.rand(features.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return features + 5 * 2**-7 * noise * features.abs().amax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp16"])
+def test_recomputing_allows_for_other_hardware_as_far_as_the_dtype_does(world: Any, tmp_path: Path, codec: str) -> None:
+    for dtype, wrong in (("bfloat16", 0), ("float32", 10)):
+        stated = f"teachers.gen.dtype={dtype}", f"teachers.gen.codec={codec}"
+        config = _distort(tmp_path / dtype, world, _as_on_other_hardware, *stated)
+        found = list(verify(config, recompute=10))
+        assert len(found) == wrong
+        assert all("quantization steps off, 1.0 are tolerated" in finding.what for finding in found)
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp16"])
+def test_recomputing_in_low_precision_finds_another_images_target(world: Any, tmp_path: Path, codec: str) -> None:
+    stated = "teachers.gen.dtype=bfloat16", f"teachers.gen.codec={codec}"
+    config = _distort(tmp_path, world, lambda features: features.roll(1, 0), *stated)
+    assert len(list(verify(config, recompute=10))) == 10
+
+
+def test_recomputing_is_done_where_featurizing_is(world: Any, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, devices = teachers.load, []
+
+    def record(stated: Any, device: str) -> Any:
+        devices.append(device)
+        return load(stated)
+
+    monkeypatch.setattr(teachers, "load", record)
+    for there, gpus in ((True, 0.5), (False, 0.5), (True, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        config = _gen_alone(world.config(unbroken, f"featurize.gpus_per_worker={gpus}"))
+        assert list(verify(config, recompute=1)) == []
+    assert devices == ["cuda", "cpu", "cpu"]
+
+
+def test_recomputing_a_few_images_does_not_hold_the_whole_store(
+    world: Any, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = TargetSet.commit
+    monkeypatch.setattr(TargetSet, "commit", lambda self, tar: pa.concat_tables([commit(self, tar)] * 300))
+    monkeypatch.setattr("featurize.verify.verify_tar", lambda job, task, tar: ())
+    load, held = teachers.load, []
+    config = _gen_alone(world.config(unbroken))
+
+    def measure(stated: Any, device: str) -> Any:
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        return load(stated)
+
+    monkeypatch.setattr(teachers, "load", measure)
+    tracemalloc.start()
+    assert list(verify(config, recompute=3)) == []
+    assert held[0] < 500_000  # 3000 rows take 3 MB
 
 
 # ---- inspect

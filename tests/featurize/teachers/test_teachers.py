@@ -13,11 +13,11 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+from transformers import CONFIG_MAPPING, DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from featurize import teachers
 from featurize.__main__ import main
-from featurize.teachers.base import Teacher, weights_hash
+from featurize.teachers.base import Teacher, architecture_hash, weights_hash
 from featurize.teachers.depth_anything import DepthAnything, resize_positions
 from featurize.teachers.published import PUBLISHED
 from olavlm import cli as command_line
@@ -247,9 +247,42 @@ def test_oneformer_resizes_as_its_processor_says(make: Make, image: Image.Image)
 def test_identity_says_what_was_used(make: Make, weights: Path) -> None:
     identity = make("depth", view="pad").identity("depth")
     assert (identity.task, identity.weights, identity.view, identity.tokens) == ("depth", "depth", "pad", 36)
-    assert identity.weights_hash == weights_hash(weights / "depth")
+    assert identity.weights_hash.partition("-")[0] == weights_hash(weights / "depth")
     assert identity == make("depth", view="pad").identity("depth")
     assert identity.digest != make("depth").identity("depth").digest
+
+
+def test_identity_covers_how_the_network_computes_and_no_names(
+    make: Make, weights: Path, tmp_path: Path, image: Image.Image
+) -> None:
+    """The same tensors under another activation are another teacher, as where a mirror's config.json lacks it."""
+    shutil.copytree(weights / "gen", tmp_path / "gen")
+    file = tmp_path / "gen" / "image_encoder" / "config.json"
+    stated = json.loads(file.read_text())
+
+    def teacher(**changes: object) -> Teacher:
+        kept = {name: value for name, value in {**stated, **changes}.items() if value is not None}
+        file.write_text(json.dumps(kept))
+        return make("gen", weights=str(tmp_path / "gen"))
+
+    ours = teacher(hidden_act=None)  # transformers' default for a CLIP: quick_gelu
+    identity, features = ours.identity("gen"), ours.encode(_batch(ours, image))
+    assert ours.identity("gen") == identity  # read or not
+    same = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "transformers_version": "4.0", "torch_dtype": "float16"}
+    assert teacher(**same, _name_or_path="a/b", architectures=["CLIPModel"]).identity("gen") == identity
+    for changes in ({"hidden_act": "gelu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 0.1}):
+        other = teacher(**changes)
+        assert not torch.equal(other.encode(_batch(other, image)), features)
+        assert other.identity("gen").digest != identity.digest
+        assert other.identity("gen").weights_hash.partition("-")[0] == identity.weights_hash.partition("-")[0]
+
+
+@pytest.mark.parametrize("weights", PUBLISHED)
+def test_a_configuration_is_the_same_with_its_defaults_spelled_out(weights: str) -> None:
+    stated = next(content for name, content in PUBLISHED[weights].items() if name.endswith("config.json"))
+    short = CONFIG_MAPPING[stated["model_type"]].from_dict(json.loads(json.dumps(stated)))
+    long = type(short).from_dict(json.loads(short.to_json_string(use_diff=False)))
+    assert architecture_hash(long) == architecture_hash(short)
 
 
 def test_weights_hash_is_over_tensors_not_files(tmp_path: Path) -> None:

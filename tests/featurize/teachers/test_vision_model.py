@@ -1,7 +1,9 @@
 """Any vision model: what it gives, against the model called by hand; and the shipped example, in YAML only."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,24 @@ def test_a_target_does_not_depend_on_its_neighbours_in_the_batch(make: Make, pix
     full = teacher.encode(torch.stack([pixels[0], pixels[1], pixels[0]]))
     assert torch.equal(full[0], full[2])
     assert torch.equal(full[:2], teacher.encode(torch.stack([pixels[0], pixels[1], nothing]))[:2])
+
+
+def test_promise_1_key_checked_threads_that_share_a_network_get_their_own_features(
+    make: Make, pixels: torch.Tensor
+) -> None:
+    """As the in-process executor's lanes do: none begins before all have, and none ends before all are through."""
+    teacher = make("dinov2", layers=[0, 2])
+    expected = [teacher.encode(image[None]) for image in pixels]
+    barrier = threading.Barrier(2)
+
+    def together(*_: object) -> None:
+        barrier.wait(60)
+
+    teacher.model.register_forward_pre_hook(together)
+    teacher.model.register_forward_hook(together)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(teacher.encode, [image[None] for image in pixels]))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_blocks_behind_the_last_layer_are_not_kept(make: Make) -> None:
