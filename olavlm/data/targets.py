@@ -83,7 +83,7 @@ class Identity:
     teacher: str  # registered name
     weights: str  # label: hub id, or the base name of a folder
     revision: str | None
-    weights_hash: str  # over the tensors
+    weights_hash: str  # over the tensors, and over the configuration
     compute_dtype: Dtype
     view: View
     input_size: int
