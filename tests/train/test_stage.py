@@ -353,7 +353,7 @@ def test_a_stage_does_not_start_from_one_of_another_configuration(world: Any, tm
         ):
             start()
     assert not (tmp_path / "probe").exists()
-    assert [file.name for file in (tmp_path / "finetune").iterdir()] == ["config.yaml"]
+    assert {file.name for file in (tmp_path / "finetune").iterdir()} == {".lock", "config.yaml"}
     run(world.config(*short), "finetune")
     folder = f"stages.finetune.init={tmp_path}/pretrain/model"  # what a folder was made with is another run's business
     run(world.config(*short, f"run_dir={tmp_path}/other", "stages.pretrain.losses={}", folder), "finetune")

@@ -375,7 +375,7 @@ def run(rank):
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     torch.save({"terms": {name: world.sum(term) for name, term in terms.items()}, "gradients": gradients},
                f"{folder}/result{rank}.pt")
-    world.leave()
+    dist.destroy_process_group()
 
 for rank in range(2):
     if os.fork() == 0:
