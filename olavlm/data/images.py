@@ -6,7 +6,7 @@ from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from olavlm.config import View
 
@@ -19,17 +19,6 @@ MAX_PIXELS = 2**28 // 3
 
 #: Pixels of the longest side that is decoded, as of a JPEG: what bounds the memory that a view takes of a narrow strip.
 MAX_SIDE = 2**16 - 1
-
-_TURNS: dict[Any, Image.Transpose] = {  # by what EXIF says, whatever that is
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SAY_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # of an image's `info`
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -60,9 +49,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise ValueError("not an image in a known format") from None  # Pillow's own message holds a memory address
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than {MAX_PIXELS} pixels") from None
-    except (
-        Exception
-    ) as error:  # on damaged bytes Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error …
+    except Exception as error:  # Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error …
         raise ValueError(f"cannot be decoded: {error}") from None
 
 
@@ -72,13 +59,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     EXIF orientation is applied, transparency is composited over white, 16-bit grey keeps its upper byte.
     """
     image.load()  # which turns a TIFF
-    turn = None
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing, as in a browser
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(turn)
-        for name in _SAY_ORIENTATION:  # lest it be turned again
-            image.info.pop(name, None)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = image.copy()
+            ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
 
 
