@@ -17,8 +17,8 @@ from olavlm.data.commit import shard_index, shard_ranges, undescribed_arrays
 from olavlm.data.corpus import Tar
 from olavlm.data.images import decode_image
 from olavlm.data.objects import AnyPath
-from olavlm.data.targets import TargetSet, Unreadable
-from olavlm.errors import OlaError
+from olavlm.data.targets import TargetSet
+from olavlm.errors import OlaError, Unreadable
 
 #: How far apart the same features may be on two kinds of hardware, in units in the last place (of the teacher's dtype)
 #: of a token's largest value. Each adds up in its own order, and what is rounded differently in one layer goes through

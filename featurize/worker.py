@@ -28,7 +28,7 @@ from olavlm.data.images import decode_image
 from olavlm.data.lease import LeaseLost
 from olavlm.data.objects import AnyPath
 from olavlm.data.targets import Identity, TargetSet, TargetStore
-from olavlm.errors import OlaError
+from olavlm.errors import OlaError, Unreadable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -151,7 +151,7 @@ class Worker:
             self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report, read)
         except OlaError as error:
             report.error = str(error)
-            report.elsewhere = isinstance(error.__context__, OSError)  # damage is the same everywhere, a mount is not
+            report.elsewhere = isinstance(error, Unreadable)  # damage is the same everywhere, a mount is not
 
     def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
         """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown.

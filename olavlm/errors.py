@@ -6,3 +6,7 @@ class OlaError(ValueError):
 
     Command lines print it as a single line and exit with status 2; it is never raised for a bug of ours.
     """
+
+
+class Unreadable(OlaError):
+    """Something cannot be read here and now (network, disk, mount, too many open files); it may well be undamaged."""

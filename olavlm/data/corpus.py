@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from olavlm.data.cache import Cache
 from olavlm.data.files import OpenFiles
 from olavlm.data.objects import AnyPath, ObjectPath, as_path, join
-from olavlm.errors import OlaError
+from olavlm.errors import OlaError, Unreadable
 
 SCHEMA_VERSION = 1
 
@@ -178,7 +178,9 @@ class Corpus:
         try:
             data, size = self._files.pread(path, nbytes, offset), self._files.size(path)
         except OSError as error:
-            raise OlaError(f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})") from None
+            raise Unreadable(
+                f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})"
+            ) from None
         if size != tar.bytes:
             raise OlaError(f"{path}: {size} bytes, {tar.bytes} when it was indexed; it was cut or replaced")
         if len(data) != nbytes:
@@ -195,7 +197,9 @@ class Corpus:
         try:
             found = file_hash(path)
         except OSError as error:
-            raise OlaError(f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})") from None
+            raise Unreadable(
+                f"{path}: tar {tar.name} of corpus {self.path} cannot be read ({error.strerror})"
+            ) from None
         if found != tar.hash:
             raise OlaError(f"{path}: changed since it was indexed, hash {found}, expected {tar.hash}")
 
@@ -268,9 +272,9 @@ def read_parquet(file: AnyPath, schema: pa.Schema) -> pa.Table:
     try:
         data = file.read_bytes()
     except FileNotFoundError:
-        raise OlaError(f"{file}: missing") from None
+        raise Unreadable(f"{file}: missing") from None
     except OSError as error:
-        raise OlaError(f"{file}: cannot be read ({error.strerror})") from None
+        raise Unreadable(f"{file}: cannot be read ({error.strerror})") from None
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (OSError, pa.ArrowException) as error:

@@ -37,7 +37,7 @@ from olavlm.data.corpus import content_hash
 from olavlm.data.files import OpenFiles
 from olavlm.data.lease import leased
 from olavlm.data.objects import AnyPath, ObjectPath, as_path
-from olavlm.errors import OlaError
+from olavlm.errors import OlaError, Unreadable
 
 SCHEMA_VERSION = 1
 DROPPED = "dropped"
@@ -60,10 +60,6 @@ COMMIT_SCHEMA = pa.schema(
         pa.field("absmax", pa.float32()),
     ]
 )
-
-
-class Unreadable(OlaError):
-    """A target that cannot be read now (network, disk, too many open files); it may be undamaged all the same."""
 
 
 class TarId(Protocol):

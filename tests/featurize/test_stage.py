@@ -255,6 +255,13 @@ def test_a_worker_tells_what_it_cannot_read_from_what_is_damaged(world: Any, unb
         found = Worker(config.teachers, config.featurize, identities).run(unit)
         return found.error, found.elsewhere
 
+    index = unit.corpus / "index" / "0.parquet"
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-9])
+    error, elsewhere = report()
+    assert error is not None
+    assert (error.split(" (")[0], elsewhere) == (f"{index}: damaged", False)
+    index.write_bytes(whole)
     size = tar.stat().st_size
     os.truncate(tar, 3000)
     assert report() == (f"{tar}: 3000 bytes, {size} when it was indexed; it was cut or replaced", False)
