@@ -38,12 +38,12 @@ def evaluate(config: PipelineConfig) -> None:
 
     Raises:
         OlaError: the pipeline has no `eval` section, the student is not trained or was with another configuration, a
-            benchmark is not there, or not the features of its images that the student is fed.
+            benchmark is not there, or not the features of its images that the student is fed; somebody else evaluates.
     """
     if config.eval is None:
         raise OlaError(f"pipeline {config.name}: no `eval` section; expected one with cv_bench or mmstar: a folder")
     folder = runs.stage_dir(config, "evaluate")
-    with World.join() as world:
+    with World.join() as world, world.alone(folder):
         if not runs.begin(folder, runs.depends_on(config, "evaluate")):
             asked = {key: BENCHMARKS[key].load(path, config.eval.limit) for key, path in config.eval.folders.items()}
             student = _load_student(config, config.eval.student)

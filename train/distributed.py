@@ -1,14 +1,19 @@
 """The processes of a run: what torchrun started, or just this one. On a single process they all do next to nothing."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from olavlm import runs
 
 #: How long a rank waits for another in a collective. Not NCCL's ten minutes: the first one pins a large corpus on an
 #: object store, writes a checkpoint of 100 GB and checks one while the others wait. A rank that dies torchrun notices.
@@ -46,6 +51,13 @@ class World:
         """
         if self.size > 1 and error is None:
             dist.destroy_process_group()
+
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """`runs.alone` for all ranks: whoever else is at work in the folder, no rank has changed anything in it."""
+        with runs.alone(folder) if self.rank == 0 else nullcontext():
+            self.barrier()
+            yield
 
     def barrier(self) -> None:
         """Wait for the others."""

@@ -81,7 +81,7 @@ def probe(config: PipelineConfig) -> None:
 
     Raises:
         OlaError: no `probe` section, a student that is not trained yet, or not as configured, or not of the others'
-            kind, missing targets.
+            kind, missing targets; somebody else probes.
     """
     settings = _settings(config)
     world = World.join()
@@ -91,9 +91,15 @@ def probe(config: PipelineConfig) -> None:
         if name != "initial":
             _model_folder(config, name)  # before anything is written
     folder = runs.stage_dir(config, "probe")
-    if runs.begin(folder, runs.depends_on(config, "probe")):
-        Console().print(f"probe: finished already, see {folder / 'done.json'}")
-        return
+    with world.alone(folder):
+        if runs.begin(folder, runs.depends_on(config, "probe")):
+            Console().print(f"probe: finished already, see {folder / 'done.json'}")
+            return
+        _probe(config, settings, folder, world.device)
+
+
+def _probe(config: PipelineConfig, settings: ProbeConfig, folder: Path, device: torch.device) -> None:
+    """Every student that ``probe.json`` does not name yet."""
     allow, missing = settings.allow_view_mismatch, settings.max_missing
     tasks, encoders = tuple(settings.tasks), tuple(config.student.encoders)
     request = Request("probe", (settings.data,), tasks, settings.view, allow, missing, encoders)
@@ -105,7 +111,7 @@ def probe(config: PipelineConfig) -> None:
     for name in settings.students:
         if name in result["students"]:
             continue
-        found = _probe_student(config, settings, name, snapshot, world.device, result)
+        found = _probe_student(config, settings, name, snapshot, device, result)
         rows = [pq.read_table(table)] if table.exists() else []
         known = [of.filter(pc.is_in(of["student"], pa.array([*result["students"]], pa.string()))) for of in rows]
         replace(table, _parquet(pa.concat_tables([*known, found.cosines])))

@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
@@ -42,8 +42,7 @@ def run(config: PipelineConfig, stage: str) -> None:
     """
     settings = student.stage_config(config, stage)
     folder = runs.stage_dir(config, stage)
-    with World.join() as world, runs.alone(folder) if world.rank == 0 else nullcontext():
-        world.barrier()  # whoever else is at work in the folder, no rank has changed anything in it
+    with World.join() as world, world.alone(folder):
         if runs.begin(folder, runs.depends_on(config, stage)):
             Console().print(f"{stage}: finished already, see {folder / 'done.json'}")
             return

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from olavlm import runs
 from olavlm.config import PipelineConfig, dump
 from olavlm.errors import OlaError
 from olavlm.eval.answers import PARSER_VERSION
@@ -59,6 +60,14 @@ def test_resumed_and_finished(config: PipelineConfig, monkeypatch: pytest.Monkey
     assert {name: (folder / name).read_bytes() for name in files} == files
     monkeypatch.setattr(stage, "generate_replies", None)  # a finished stage asks nothing
     evaluate(config)
+
+
+@pytest.mark.usefixtures("student", "benchmark")
+def test_two_do_not_ask_in_one_folder(config: PipelineConfig) -> None:
+    folder = Path(config.run_dir) / "evaluate"
+    with runs.alone(folder), pytest.raises(OlaError, match="evaluate: another process is at work in this folder"):
+        evaluate(config)
+    assert [file.name for file in folder.iterdir()] == [".lock"]
 
 
 def with_mmstar(config: PipelineConfig, folder: Path) -> PipelineConfig:

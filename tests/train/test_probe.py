@@ -82,6 +82,13 @@ def test_a_probe_goes_on_with_the_students_that_are_missing(world: Any, tmp_path
     assert json.loads((tmp_path / "a" / "probe" / "probe.json").read_text()) == marked
 
 
+def test_two_do_not_probe_in_one_folder(world: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "probe"
+    with runs.alone(folder), pytest.raises(OlaError, match="probe: another process is at work in this folder"):
+        probe(world.config(f"run_dir={tmp_path}", "probe.students=[initial]"))
+    assert [file.name for file in folder.iterdir()] == [".lock"]
+
+
 def test_probes_learn(own_world: Any, tmp_path: Path, commit: Callable[..., Any]) -> None:
     """All images share one target: the mean target is perfect, and a trained probe comes near it."""
     shutil.rmtree(own_world.folder / "targets")
