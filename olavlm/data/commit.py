@@ -151,9 +151,12 @@ def take(target: TargetSet, tar: str) -> Lease | None:
 
 
 def tidy(target: TargetSet) -> None:
-    """Remove what writers left that died right after a commit, when nobody will open their tar again."""
+    """Remove what writers left that died right after a commit, when nobody will open their tar again.
+
+    Of a tar that is not committed the lease stays: it tells the next writer that somebody was at it.
+    """
     for name in leased(target.path / "leases"):
-        lease = take(target, name)
+        lease = take(target, name) if (target.path / "commits" / f"{name}.parquet").exists() else None
         if lease is not None:
             lease.release()
 
@@ -319,7 +322,8 @@ class TarWriter:
             OlaError: what is there, in an object store, is damaged, of another content of the tar, or lacks other
                 images.
         """
-        sweep(file)
+        if self._lease.inherited:  # else nobody left anything, and the folder may hold all blocks of the set
+            sweep(file)
         try:
             if isinstance(file, ObjectPath):
                 self._lease.check()
