@@ -127,9 +127,12 @@ Linear probes on {scenes} scenes that nothing was trained on; `target` is what a
 
 - *object log-depth*: ridge regression from the features averaged over an object's pixels; from its box's centre,
   size and foot, their squares and products. *nearer of two*: the order of two objects by that probe; balanced: the mean
-  over pairs in which the nearer one stands lower in the image or not, and looks bigger or not.
-- *object class*: softmax regression from the same averages. *masks*: from each patch, the class of each quarter of it;
-  geometry: the patch's place, how far boxes cover its quarters, the covering box's size and where in it the patch is.
+  over pairs in which the nearer one stands lower in the image or not, and looks bigger or not; as asked: over pairs
+  that a fitted model of their 2-D boxes does not tell apart, as those of the benchmark.
+- *object class*: softmax regression from the same averages. *counted*: how often that finds as many objects of a
+  shape as there are, the mean over shapes and true numbers from 0 to 3. *masks*: from each patch, the class of each
+  quarter of it; geometry: the patch's place, how far boxes cover its quarters, the covering box's size and where in it
+  the patch is.
 - *objects of each colour and shape*: ridge regression to 12 counts, mean R²; *patterns*: softmax regression; from the
   image embedding; from the tower's mean patch and pooled output; from all boxes, left to right.
 - Every number is cross-fitted: scenes are dealt into 4 folds (masks: 2), each predicted by a map fitted on the others,

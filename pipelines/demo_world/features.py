@@ -86,6 +86,7 @@ class Objects:
     scene: Labels  # (n,)
     shares: Array  # of the object's pixels in each patch (n, patches); rows sum to 1
     boxes: Array  # left, top, right, bottom in [0, 1] (n, 4)
+    raised: Array  # 1 if on a pedestal (n,)
     log_depth: Array  # of the centre, metres (n, 1)
     shape: Labels  # (n, 1)
 
@@ -99,6 +100,7 @@ class Objects:
             scene=np.array([s for s, _, _ in rows]),
             shares=shares / shares.sum(1, keepdims=True),
             boxes=np.array([box for _, _, box in rows]),
+            raised=np.array([float(data.scenes[s].objects[i].pedestal is not None) for s, i, _ in rows]),
             log_depth=np.log([[data.scenes[s].depth_of(i)] for s, i, _ in rows]),
             shape=np.array([[SHAPES.index(data.scenes[s].objects[i].solid.shape)] for s, i, _ in rows]),
         )

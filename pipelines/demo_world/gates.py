@@ -5,7 +5,7 @@ teaches: better, one hopes, than from the student's own vision tower and from tw
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +32,9 @@ from pipelines.demo_world.features import (
     whole_depth,
     whole_segmentation,
 )
+from pipelines.demo_world.matching import matched
 from pipelines.demo_world.probes import Array, Labels, classify, miou, r2, ridge
+from pipelines.demo_world.questions import Question, View
 from pipelines.demo_world.samples import Samples
 from pipelines.demo_world.scenes import CLASSES, PATTERNS
 from pipelines.demo_world.solids import SHAPES
@@ -89,12 +91,48 @@ def ordinal(log_depth: Array, predicted: Array, scene: Labels, boxes: Array) -> 
     """
     size = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     right: dict[tuple[bool, bool], list[bool]] = {}
+    for near, far in _clear_pairs(log_depth, scene):
+        cues = bool(boxes[near, 3] > boxes[far, 3]), bool(size[near] > size[far])
+        right.setdefault(cues, []).append(bool(predicted[near] < predicted[far]))
+    return float(np.mean([np.mean(r) for r in right.values()])), float(np.mean(list(itertools.chain(*right.values()))))
+
+
+def as_asked(objects: Objects) -> tuple[Labels, Labels]:
+    """Rows of pairs of objects, (nearer, farther), that their boxes do not tell apart: `matched`, as questions are."""
+    views: list[View] = [
+        (*box, foot) for box, foot in zip(objects.boxes.tolist(), objects.raised.tolist(), strict=True)
+    ]
+    asked = []
+    for near, far in _clear_pairs(objects.log_depth[:, 0], objects.scene):
+        names = str(near), str(far)
+        asked.append(Question("Depth", "depth", names, names, 0, int(objects.scene[near]), (views[near], views[far])))
+    groups = matched(asked, np.random.Generator(np.random.PCG64(0)), same_text=False)
+    pairs = [(q.names[q.answer], q.names[1 - q.answer]) for group in groups for q in group]
+    rows = np.array(pairs, np.int64).reshape(-1, 2)
+    return rows[:, 0], rows[:, 1]
+
+
+def counted(shape: Labels, predicted: Labels, scene: Labels) -> float:
+    """Accuracy on how many of a shape a scene has, the mean over shapes and numbers 0 to 3, as they are asked.
+
+    Args:
+        shape: true, of every object (n,).
+        predicted: (n,).
+        scene: (n,).
+    """
+    numbers = [np.stack([np.bincount(scene, s == k) for k in range(len(SHAPES))]) for s in (shape, predicted)]
+    there = np.bincount(scene) > 0
+    true, found = (n[:, there] for n in numbers)
+    right = [(found[k][true[k] == n] == n).mean() for k in range(len(SHAPES)) for n in range(4) if (true[k] == n).any()]
+    return float(np.mean(right))
+
+
+def _clear_pairs(log_depth: Array, scene: Labels) -> Iterator[tuple[int, int]]:
+    """Rows of two objects of one scene, (nearer, farther), whose depths differ clearly."""
     for start, stop in itertools.pairwise(np.flatnonzero(np.diff(scene, prepend=-1, append=-1)).tolist()):
         for near, far in itertools.permutations(range(start, stop), 2):
             if log_depth[far] - log_depth[near] > np.log(CLEARLY):
-                cues = bool(boxes[near, 3] > boxes[far, 3]), bool(size[near] > size[far])
-                right.setdefault(cues, []).append(bool(predicted[near] < predicted[far]))
-    return float(np.mean([np.mean(r) for r in right.values()])), float(np.mean(list(itertools.chain(*right.values()))))
+                yield near, far
 
 
 def _depth(teacher: Teacher, target: Tensor, tower: Array, objects: Objects, data: Samples) -> Measured:
@@ -115,10 +153,12 @@ def _depth(teacher: Teacher, target: Tensor, tower: Array, objects: Objects, dat
         objects.seen_in(tower),
         box_features(objects.boxes),
     )
+    near, far = as_asked(objects)
     return Measured(
         {
             "depth: object log-depth, R²": {s: r2(objects.log_depth, y) for s, y in read.items()},
             "depth: nearer of two, balanced": {s: ordinal(truths[0], y[:, 0], *truths[1:])[0] for s, y in read.items()},
+            "depth: nearer of two, as asked": {s: float((y[near] < y[far]).mean()) for s, y in read.items()},
         },
         {
             "depth: δ1, teacher": float(close(whole).float().mean()),
@@ -126,6 +166,7 @@ def _depth(teacher: Teacher, target: Tensor, tower: Array, objects: Objects, dat
             "depth: δ1, decoded target": float(close(decoded).float().mean()),
             "depth: δ1 on objects, decoded target": float(close(decoded)[things].float().mean()),
             "depth: nearer of two, balanced, decoded target": balanced,
+            "depth: nearer of two, as asked, decoded target": float((on_map[near] < on_map[far]).mean()),
             "depth: nearer of two, all pairs, decoded target": natural,
         },
     )
@@ -146,14 +187,15 @@ def _segmentation(teacher: Teacher, target: Tensor, tower: Array, objects: Objec
         found = classify(x.reshape(len(scene), -1), cells, len(CLASSES), scene, penalties=(1e-4,), folds=2)
         return float(miou(cells, found, len(CLASSES)).mean())
 
-    def shapes(x: Array) -> float:
-        return float((classify(x, objects.shape, len(SHAPES), objects.scene) == objects.shape).mean())
+    def shapes(x: Array) -> Labels:
+        return classify(x, objects.shape, len(SHAPES), objects.scene)[:, 0]
 
+    read = _three(shapes, objects.seen_in(target.numpy()), objects.seen_in(tower), box_features(objects.boxes))
+    shape = objects.shape[:, 0]
     return Measured(
         {
-            "seg: object class, accuracy": _three(
-                shapes, objects.seen_in(target.numpy()), objects.seen_in(tower), box_features(objects.boxes)
-            ),
+            "seg: object class, accuracy": {s: float((found == shape).mean()) for s, found in read.items()},
+            "seg: objects of a shape, counted": {s: counted(shape, found, objects.scene) for s, found in read.items()},
             "seg: masks of 7 classes, mIoU": _three(masks, target.numpy(), tower, patch_features(data)),
         },
         {

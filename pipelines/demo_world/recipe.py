@@ -38,7 +38,7 @@ class Sizes:
     steps: dict[str, int]
 
 
-FULL = Sizes(12000, 1024, 6000, {"seg": 3000, "depth": 3600, "student": 1600, "gen": 1500, "llm": 3600, "cues": 3000})
+FULL = Sizes(12000, 1024, 6000, {"seg": 6000, "depth": 3600, "student": 3600, "gen": 1500, "llm": 4800, "cues": 3000})
 QUICK = Sizes(128, 256, 80, {"seg": 3, "student": 2, "depth": 2, "gen": 3, "llm": 2, "cues": 2})
 
 

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from olavlm.eval.cv_bench import build_prompt
 from pipelines.demo_world.build import Told, Turn, conversations
+from pipelines.demo_world.cues import THREE_D
 from pipelines.demo_world.places import LAYOUT, WHERE, layout, places, segment_names
 from pipelines.demo_world.questions import DESCRIBE, LETTERS, Question, deal_letters, text_only
 from pipelines.demo_world.samples import fit
@@ -35,7 +36,9 @@ FILLERS = 24  # most positions without a word between a map and the text: a stud
 WRONG = 0.02  # share of a map's cells that show another's, and
 BLUR = 0.2  # deviation of what is added to all of them, as no projector will be exact (the map's own is 0.85)
 TOKEN = 0.7  # deviation of what stands in positions without a word
-SHORT, LONG = 6, 3  # most questions in one conversation, asked briefly and as the benchmark does
+SHORT, LONG = 8, 3  # most questions in one conversation, asked briefly and as the benchmark does
+BOUND = 6  # most of a scene's choices that are asked for by name
+NAMED = 2  # most questions of a scene whose choices are objects: of them it learns the letters alone
 HELD_OUT = 64  # rows of each kind
 IGNORE = -100
 
@@ -83,30 +86,30 @@ def read(told: Sequence[Told], seed: int = 0) -> dict[str, list[Chat]]:
         chats["captions"].append(_chat(maps[number], described, rng))  # as in pretraining
         # Most shapes are absent from most scenes: "none" would be the answer most of the time.
         mine = [q for q in t.questions if q.task == "Relation" or (q.task == "Count" and _some(q, rng))]
+        named = [q for q in t.questions if q.task in THREE_D]
+        mine += [named[i] for i in rng.permutation(len(named))[:NAMED]]
         flat += [(number, mine[i]) for i in rng.permutation(len(mine))]
     dealt = deal_letters([q for _, q in flat], rng)
     for number, rows in itertools.groupby(range(len(flat)), key=lambda row: flat[row][0]):
-        asked = list(rows)
-        brief = [_brief(dealt[i], lettered=rng.random() < 0.5) for i in asked[:SHORT]]
+        told_of = [dealt[row] for row in rows]
+        asked = [q for q in told_of if q.task not in THREE_D]
+        brief = [_brief(q, lettered=rng.random() < 0.5) for q in asked[:SHORT]]
         chats["short"].append(_chat(maps[number], brief, rng))
-        found = [(f"Which is {_answer(dealt[i])}? {_options(dealt[i])}", _chosen(dealt[i])) for i in asked[:SHORT]]
+        bound = told_of[:BOUND]
+        found = [(f"Which is {_answer(q)}? {_options(q)}", f"{_answer(q)} {q.letter}") for q in bound]
         found.insert(int(rng.integers(len(found) + 1)), text_only(rng))
         chats["text"].append(Chat((), 0, tuple(found)))
-        pairs = [(build_prompt(dealt[i].prompt).removeprefix("<image>\n"), dealt[i].reply) for i in asked[-LONG:]]
+        pairs = [(build_prompt(q.prompt).removeprefix("<image>\n"), q.reply) for q in asked[-LONG:]]
         chats["lettered"].append(_chat(maps[number], pairs, rng))
     return chats
 
 
 def _some(question: Question, rng: Rng) -> bool:
-    return _answer(question) != "0" or rng.random() < 0.4
+    return _answer(question) != "0" or rng.random() < 0.25
 
 
 def _answer(question: Question) -> str:
     return question.choices[question.answer]
-
-
-def _chosen(question: Question) -> str:
-    return f"{_answer(question)} {question.letter}"
 
 
 def _chat(seen: list[str], pairs: list[tuple[str, str]], rng: Rng) -> Chat:
@@ -226,7 +229,7 @@ def train(
     rows = {kind: encode(chats, words) for kind, chats in read(told, seed).items()}
     fewest = min(len(r.ids) for r in rows.values()) - min(HELD_OUT, len(told) // 4)
     kinds = (["places", "places", "text"] * steps)[: steps // 3]
-    kinds += ["short", "lettered", "captions", "text", "short", "lettered", "places"] * steps
+    kinds += ["short", "lettered", "short", "captions", "text", "short", "places"] * steps
     pad: int = words.pad_token_id
     turn = 0
 

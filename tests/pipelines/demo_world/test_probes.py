@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.demo_world.gates import ordinal
+from pipelines.demo_world.features import Objects
+from pipelines.demo_world.gates import as_asked, counted, ordinal
 from pipelines.demo_world.probes import classify, miou, r2, ridge
+from pipelines.demo_world.samples import render_samples
 
 SCENES, EACH, WIDTH = 120, 4, 24
 
@@ -78,3 +80,24 @@ def test_balanced_order_gives_cues_no_credit() -> None:
     assert every > 0.8
     assert ordinal(log_depth, log_depth, scene, boxes) == (1.0, 1.0)
     assert ordinal(log_depth, -log_depth, scene, boxes) == (0.0, 0.0)
+
+
+def test_counts_by_hand() -> None:
+    """Three scenes, one of them with no object; every number of a shape weighs alike."""
+    shape, scene = np.array([0, 0, 1, 0, 3]), np.array([0, 0, 0, 2, 2])
+    assert counted(shape, shape, scene) == 1
+    wrong = np.array([0, 2, 1, 0, 3])  # one of two taken for a third shape
+    # Shape 0: once right, twice wrong; 1: never and once right; 2: never half right; 3: never and once right.
+    assert counted(shape, wrong, scene) == pytest.approx(np.mean([1, 0, 1, 1, 0.5, 1, 1]))
+
+
+def test_pairs_as_asked_are_not_told_apart_by_their_boxes() -> None:
+    """Neither by which one is lower nor by which one looks bigger; and the nearer one is nearer."""
+    objects = Objects.of(render_samples("gates", 200, workers=1))
+    near, far = as_asked(objects)
+    assert len(near) > 60
+    assert len({frozenset(pair) for pair in zip(near.tolist(), far.tolist(), strict=True)}) == len(near)
+    assert (objects.scene[near] == objects.scene[far]).all()
+    assert (objects.log_depth[near] < objects.log_depth[far]).all()
+    for cue in (objects.boxes[:, 3], np.prod(objects.boxes[:, 2:] - objects.boxes[:, :2], axis=1)):
+        assert (cue[near] > cue[far]).mean() == pytest.approx(0.5, abs=0.15)

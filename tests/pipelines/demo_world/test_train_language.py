@@ -54,11 +54,23 @@ def test_places_are_where_the_map_has_them(told: list[Told], monkeypatch: pytest
         assert downwards == " ".join(["top to bottom", *sorted(middles, key=lambda name: middles[name][1])])
 
 
+def test_choices_that_are_objects_have_any_letter_and_no_map(chats: dict[str, list[Chat]]) -> None:
+    """Of questions about depth the letters are learned, and nothing that could answer them."""
+    objects = [(ask, said) for chat in chats["text"] for ask, said in chat.pairs if re.search(r"\w+ object \(", said)]
+    letters = Counter(said.split()[-1] for _, said in objects)
+    assert min(letters["(A)"], letters["(B)"]) > 15
+    assert {*letters} == {"(A)", "(B)"}
+    for ask, said in objects:
+        chosen, letter = said.rsplit(" ", 1)
+        assert ask.startswith(f"Which is {chosen}? ")
+        assert f"{letter} {chosen}" in ask
+
+
 def test_all_letters_are_right_equally_often(chats: dict[str, list[Chat]]) -> None:
-    for kind in ("short", "lettered"):
-        letters = Counter(answer.split()[-1] for chat in chats[kind] for _, answer in chat.pairs if "(" in answer)
-        assert letters["(A)"] > 20
-        assert abs(letters["(A)"] - letters["(B)"]) < 0.4 * letters["(A)"]
+    asked = [*chats["short"], *chats["lettered"]]
+    letters = Counter(answer.split()[-1] for chat in asked for _, answer in chat.pairs if "(" in answer)
+    assert letters["(A)"] > 60
+    assert abs(letters["(A)"] - letters["(B)"]) < 0.4 * letters["(A)"]
 
 
 def test_a_cell_is_one_position_and_answers_alone_are_learned(told: list[Told], chats: dict[str, list[Chat]]) -> None:
