@@ -98,7 +98,7 @@ def ordinal(log_depth: Array, predicted: Array, scene: Labels, boxes: Array) -> 
 
 
 def as_asked(objects: Objects) -> tuple[Labels, Labels]:
-    """Rows of pairs of objects, (nearer, farther), that their boxes do not tell apart: `matched`, as questions are."""
+    """Pairs that boxes do not tell apart: `matched`, as questions are. Rows of nearer and farther ones (n,)."""
     views: list[View] = [
         (*box, foot) for box, foot in zip(objects.boxes.tolist(), objects.raised.tolist(), strict=True)
     ]
