@@ -11,7 +11,6 @@ they are not the very same bytes, and `verify` and `repair` find them. No target
 """
 
 import os
-import re
 import secrets
 import shutil
 from bisect import bisect_right
@@ -23,7 +22,8 @@ from featurize.progress import track
 from featurize.stage import Job, open_jobs
 from featurize.verify import Finding, verify, verify_tar
 from olavlm.config import PipelineConfig
-from olavlm.data.commit import blocks, first_blocks, take
+from olavlm.data.atomic import written_as
+from olavlm.data.commit import block_files, take, tar_blocks
 from olavlm.data.corpus import Corpus, Tar
 from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath, as_path
@@ -31,7 +31,6 @@ from olavlm.data.targets import DROPPED, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
 _DEAD, _UNLISTED = "left by a dead writer", "no commit lists it"
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]+\.tmp")
 
 
 # ---- repair
@@ -64,28 +63,20 @@ def _withdraw(job: Job, finding: Finding) -> bool:
     task, tar = finding.task, finding.tar
     assert tar is not None
     target = TargetSet(job.sets[task].path)  # one that has no file open
-    lease = take(target, tar.name)
+    blocks = tar_blocks(job.corpus.tars, target.block)[tar.name]
+    lease = take(target, tar.name, blocks)
     if lease is None:
         return False
     with lease:
         if finding.recomputed or any(verify_tar(replace(job, sets={task: target}), task, tar)):
             if isinstance(target.path, ObjectPath):
-                _remove_blocks(target, job.corpus, tar)
+                # A run takes the blocks that it finds here, so they go before the commit, until which the tar is
+                # committed to a run. (On a disk it replaces them.)
+                for file in block_files(target, blocks):
+                    file.unlink(missing_ok=True)
             _remove(target.path / "superseded" / tar.name)
             target.commit_file(tar).unlink(missing_ok=True)
     return True
-
-
-def _remove_blocks(target: TargetSet, corpus: Corpus, tar: Tar) -> None:
-    """Remove a tar's blocks, which a writer in an object store would take as they are (on a disk it replaces them).
-
-    Before the commit, so that no run that comes in between takes a damaged one: to a run the tar is committed still.
-    """
-    before = [other.images for other in corpus.tars[: corpus.tars.index(tar) + 1]]
-    first = first_blocks(before, target.block)[-1]
-    for block in range(first, first + blocks(tar.images, target.block)):
-        for file in {target.values_file(block), target.scales_file(block)}:
-            file.unlink(missing_ok=True)
 
 
 # ---- drop
@@ -193,7 +184,7 @@ def gc(config: PipelineConfig, dry_run: bool = False) -> Iterator[Garbage]:
     """
     for store, corpus in open_stores(config):
         for path in _entries(store.path):
-            if _TEMPORARY.fullmatch(path.name):
+            if written_as(path.name):
                 yield from _collected(path, "left by a killed drop" if path.is_dir() else _DEAD, dry_run)
         for name in leased(store.path / DROPPED):
             yield from _end_drop(store.path, name, dry_run)
@@ -217,25 +208,26 @@ def _end_drop(store: AnyPath, name: str, dry_run: bool) -> Iterator[Garbage]:
 
 def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garbage]:
     leases = target.path / "leases"
-    loose, of_tar = _candidates(target, corpus)
+    taken = [path for path in _entries(leases) if not written_as(path.name)]
+    loose, of_tar, numbers = _candidates(target, corpus)
     for path, why in loose:
         yield from _collected(path, why, dry_run)
-    of_lease: dict[str, list[AnyPath]] = {}
-    for path in _entries(leases):
-        of_lease.setdefault(path.name.rpartition(".")[0], []).append(path)
-    for name in track(sorted({*of_tar, *leased(leases)}), f"{target.path.name}: gc"):
+    for path in taken:
+        of_tar.setdefault(path.name.rpartition(".")[0], []).append((path, "lease of a dead writer"))
+    for name in track(sorted(of_tar), f"{target.path.name}: gc"):
         if Lease.held(leases, name):
             continue
-        for path in of_lease.get(name, []):
-            yield from _collected(path, "lease of a dead writer", dry_run=True)  # taking it over removes it
-        lease = None if dry_run else take(target, name)
+        found = [garbage for path, why in of_tar[name] if (garbage := _garbage(path, why))]
+        lease = None if dry_run else take(target, name, numbers.get(name, range(0)))  # which removes some of it
         if lease is None and not dry_run:
             continue  # somebody has just come
         try:
             committed = (target.path / "commits" / f"{name}.parquet").exists()
-            for path, why in of_tar.get(name, []):
-                if not (why == _UNLISTED and committed):
-                    yield from _collected(path, why, dry_run)
+            for garbage in found:
+                if not (garbage.why == _UNLISTED and committed):
+                    if not dry_run:
+                        _remove(garbage.path)
+                    yield garbage
         finally:
             if lease:
                 lease.release()
@@ -244,46 +236,45 @@ def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garb
 Candidates = list[tuple[AnyPath, str]]  # what may go, and why
 
 
-def _candidates(target: TargetSet, corpus: AnyPath) -> tuple[Candidates, dict[str, Candidates]]:
-    """What may be removed of a set at once, and what by tar, whose lease it takes to be sure."""
+def _candidates(target: TargetSet, corpus: AnyPath) -> tuple[Candidates, dict[str, Candidates], dict[str, range]]:
+    """What may be removed of a set at once, what by tar, whose lease it takes to be sure, and the tars' blocks."""
     folder = target.path
     arrays = [path for path in _entries(folder) if path.name.endswith(".zarr")]
     shards = [folder / "tars"] if target.format == "webdataset" else [array / "c" for array in arrays]
     found_blocks = [path for place in shards for path in _entries(place)]
     committed = {file.stem for file in (folder / "commits").glob("[!.]*.parquet")}
-    tars = Corpus.open(corpus).tars  # after the blocks, so that it knows the tars of all of them
-    starts = first_blocks([tar.images for tar in tars], target.block)
-    owners = [(start, tar) for start, tar in zip(starts, tars, strict=True) if tar.images]
-    end = sum(blocks(tar.images, target.block) for tar in tars)
+    # The corpus after blocks and leases, so that it knows the tars of all of them.
+    numbers = tar_blocks(Corpus.open(corpus).tars, target.block)
+    owners = [(blocks, name) for name, blocks in numbers.items() if blocks]
     loose: Candidates = []
     of_tar: dict[str, Candidates] = {}
     for place in (folder, folder / "leases", *arrays):
-        loose += [(path, _DEAD) for path in _entries(place) if _TEMPORARY.fullmatch(path.name)]
+        loose += [(path, _DEAD) for path in _entries(place) if written_as(path.name)]
     for path in _entries(folder / "commits"):
-        if temporary := _TEMPORARY.fullmatch(path.name):
-            of_tar.setdefault(temporary["name"].removesuffix(".parquet"), []).append((path, _DEAD))
+        if commit := written_as(path.name):
+            of_tar.setdefault(commit.removesuffix(".parquet"), []).append((path, _DEAD))
     for kept in _entries(folder / "superseded"):
-        found = [(path, _DEAD) for path in _entries(kept) if _TEMPORARY.fullmatch(path.name)]
+        found = [(path, _DEAD) for path in _entries(kept) if written_as(path.name)]
         of_tar.setdefault(kept.name, []).extend(found if kept.name in committed else [(kept, _UNLISTED)])
     for path in found_blocks:
-        temporary = _TEMPORARY.fullmatch(path.name)
-        number = (temporary["name"] if temporary else path.name).removesuffix(".tar")
+        temporary = written_as(path.name)
+        number = (temporary or path.name).removesuffix(".tar")
         if not number.isdigit():
             continue  # nothing of ours
-        if int(number) >= end:
+        if not owners or int(number) not in range(owners[-1][0].stop):
             loose.append((path, "block of no tar"))
             continue
-        name = owners[bisect_right(owners, int(number), key=lambda owner: owner[0]) - 1][1].name
+        _, name = owners[bisect_right(owners, int(number), key=lambda owner: owner[0].start) - 1]
         found = [(path, _DEAD)] if temporary else [(path, _UNLISTED)] if name not in committed else _left_in(path)
         of_tar.setdefault(name, []).extend(found)
-    return loose, {name: found for name, found in of_tar.items() if found}
+    return loose, {name: found for name, found in of_tar.items() if found}, numbers
 
 
 def _left_in(block: AnyPath) -> Candidates:
     """What dead writers left in the folder of a block; an object store has neither."""
     if isinstance(block, ObjectPath):
         return []
-    return [(left, _DEAD) for left in sorted(block.rglob(".*")) if _TEMPORARY.fullmatch(left.name)]
+    return [(left, _DEAD) for left in sorted(block.rglob(".*")) if written_as(left.name)]
 
 
 def _entries(place: AnyPath) -> list[AnyPath]:
@@ -293,16 +284,19 @@ def _entries(place: AnyPath) -> list[AnyPath]:
     return []
 
 
-def _collected(path: AnyPath, why: str, dry_run: bool) -> Iterator[Garbage]:
+def _garbage(path: AnyPath, why: str) -> Garbage | None:
+    """What lies there; None where it has just gone."""
     try:
-        if not (path.is_dir() or path.exists()):
-            return
-        garbage = Garbage(path, why, size(path))
+        return Garbage(path, why, size(path)) if path.is_dir() or path.exists() else None
     except FileNotFoundError:  # its writer has just ended
-        return
-    if not dry_run:
-        _remove(path)
-    yield garbage
+        return None
+
+
+def _collected(path: AnyPath, why: str, dry_run: bool) -> Iterator[Garbage]:
+    if garbage := _garbage(path, why):
+        if not dry_run:
+            _remove(path)
+        yield garbage
 
 
 def _remove(path: AnyPath) -> None:

@@ -19,7 +19,7 @@ from featurize.worker import Report, Unit
 from olavlm import runs
 from olavlm.config import DataConfig, PipelineConfig
 from olavlm.data.atomic import replace
-from olavlm.data.commit import blocks, describe_arrays, tidy
+from olavlm.data.commit import describe_arrays, tar_blocks, tidy
 from olavlm.data.corpus import Corpus
 from olavlm.data.manifest import summaries
 from olavlm.data.objects import as_path
@@ -76,7 +76,7 @@ def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = N
                 for task, identity in identities.items()
             }
             for target in sets.values():
-                tidy(target)
+                tidy(target, corpus.tars)
                 describe_arrays(target, rows(corpus, target))
         jobs.append(Job(name, data, corpus, sets))
     if not jobs:
@@ -85,8 +85,8 @@ def open_jobs(config: PipelineConfig, identities: dict[str, Identity] | None = N
 
 
 def rows(corpus: Corpus, target: TargetSet) -> int:
-    """Rows of a set's arrays: every tar begins a block of its own."""
-    return target.block * sum(blocks(tar.images, target.block) for tar in corpus.tars)
+    """Rows of a set's arrays: of whole blocks."""
+    return target.block * sum(map(len, tar_blocks(corpus.tars, target.block).values()))
 
 
 def run_pipeline(config: PipelineConfig, retry_failed: bool = False) -> dict[str, Any]:
@@ -119,8 +119,9 @@ def run_pipeline(config: PipelineConfig, retry_failed: bool = False) -> dict[str
     start = time.monotonic()
     reports = list(_execute(config, identities, jobs, missing, console)) if missing else []
     seconds = time.monotonic() - start
-    for target in (target for job in jobs for target in job.sets.values()):
-        tidy(target)  # of workers that were lost in between
+    for job in jobs:
+        for target in job.sets.values():
+            tidy(target, job.corpus.tars)  # of workers that were lost in between
     if unusable := [f"{r.unit.data}/{r.unit.tar}: {r.error}" for r in reports if r.error]:
         more = f" | and {len(unusable) - 10} more" if len(unusable) > 10 else ""
         raise OlaError(f"{len(unusable)} tars could not be featurized: " + " | ".join(unusable[:10]) + more)

@@ -22,7 +22,7 @@ from featurize.teachers.base import Teacher
 from olavlm.config import FeaturizeConfig, TeacherConfig
 from olavlm.data import codec
 from olavlm.data.amend import TarAmender
-from olavlm.data.commit import TarWriter, first_blocks
+from olavlm.data.commit import TarWriter, tar_blocks
 from olavlm.data.corpus import Corpus, Tar, content_hash
 from olavlm.data.images import decode_image
 from olavlm.data.lease import LeaseLost
@@ -107,7 +107,7 @@ class Worker:
         self.identities = identities
         self._moved = moved
         self._stop = threading.Event()
-        self._corpora: dict[AnyPath, tuple[Corpus, dict[str, int]]] = {}
+        self._corpora: dict[AnyPath, tuple[Corpus, dict[str, range]]] = {}
         self._reading, self._computing = threading.Semaphore(lanes), threading.Semaphore(lanes)
         for task, teacher in self.teachers.items():
             here = teacher.identity(task)
@@ -138,7 +138,7 @@ class Worker:
 
     def _run(self, unit: Unit, report: Report, read: Callable[[], None]) -> None:
         try:
-            corpus, first_block = self._open_corpus(unit)
+            corpus, blocks = self._open_corpus(unit)
         except OlaError as error:  # whoever made the unit could
             report.error, report.elsewhere = str(error), True
             return
@@ -148,30 +148,29 @@ class Worker:
             for task, identity in self.identities.items()
         }
         try:
-            self._commit(corpus, corpus.tar(unit.tar), first_block, sets, report, read)
+            self._commit(corpus, corpus.tar(unit.tar), blocks, sets, report, read)
         except OlaError as error:
             report.error = str(error)
             report.elsewhere = isinstance(error, Unreadable)  # damage is the same everywhere, a mount is not
 
-    def _open_corpus(self, unit: Unit) -> tuple[Corpus, int]:
-        """The unit's corpus, and its tar's first block; kept from unit to unit until it has grown.
+    def _open_corpus(self, unit: Unit) -> tuple[Corpus, range]:
+        """The unit's corpus, and its tar's blocks; kept from unit to unit until it has grown.
 
         The list of a million tars takes longer to read than a tar to featurize.
         """
         known = self._corpora.get(unit.corpus)
         if known is None or unit.tar not in known[1]:
             corpus = Corpus.open(unit.corpus)
-            starts = first_blocks([tar.images for tar in corpus.tars], self.settings.block)
-            known = corpus, dict(zip((tar.name for tar in corpus.tars), starts, strict=True))
+            known = corpus, tar_blocks(corpus.tars, self.settings.block)
             self._corpora[unit.corpus] = known
-        corpus, starts_of = known
-        return corpus, starts_of[corpus.tar(unit.tar).name]
+        corpus, blocks = known
+        return corpus, blocks[corpus.tar(unit.tar).name]
 
     def _commit(
         self,
         corpus: Corpus,
         tar: Tar,
-        first_block: int,
+        blocks: range,
         sets: dict[str, TargetSet],
         report: Report,
         read: Callable[[], None],
@@ -182,9 +181,9 @@ class Worker:
             for task, target in sets.items():
                 commit = target.commit(tar)
                 if commit is None:
-                    writer = TarWriter.open(target, tar, first_block)
+                    writer = TarWriter.open(target, tar, blocks)
                 elif report.unit.retry_failed and "failed" in commit["status"].to_pylist():
-                    writer = TarAmender.open(target, tar)
+                    writer = TarAmender.open(target, tar, blocks)
                 else:
                     continue
                 if writer is None:

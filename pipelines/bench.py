@@ -267,7 +267,7 @@ def _read_row(path: Path, teacher: Teacher, task: str, features: torch.Tensor) -
     """Median seconds of reading, checking and decoding a row like `features` from a store."""
     target = TargetStore.create(path, "bench").add(teacher.identity(task), block=256)
     tar = _Tar("bench", "bench")
-    writer = TarWriter.open(target, tar, 0)
+    writer = TarWriter.open(target, tar, range(1))
     assert writer is not None, "a fresh store is nobody's"
     with writer:
         for row in range(64):

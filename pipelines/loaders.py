@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from featurize.corpus.pack import pack_llava_json
 from olavlm.config import PipelineConfig, load_pipeline
 from olavlm.data import codec
-from olavlm.data.commit import TarWriter, first_blocks
+from olavlm.data.commit import TarWriter, tar_blocks
 from olavlm.data.corpus import Corpus, content_hash, conversation
 from olavlm.data.images import decode_image
 from olavlm.data.targets import Identity, TargetStore
@@ -352,8 +352,9 @@ def _commit(config: PipelineConfig, task: str, rng: np.random.Generator) -> None
     identity = Identity(task=task, compute_dtype=stated.dtype, layers=layers, **shared, **unknown)
     target = TargetStore.create(str(config.data["all"].targets), corpus.id).add(identity, block=64)
     features = rng.standard_normal((1, stated.tokens, stated.width), np.float32)
-    for tar, first in zip(corpus.tars, first_blocks([tar.images for tar in corpus.tars], 64), strict=True):
-        writer = TarWriter.open(target, tar, first)
+    blocks = tar_blocks(corpus.tars, target.block)
+    for tar in corpus.tars:
+        writer = TarWriter.open(target, tar, blocks[tar.name])
         assert writer is not None, "a fresh store is nobody's"
         with writer:
             for row in corpus.index(tar).to_pylist():

@@ -63,9 +63,12 @@ class TarAmender:
         self._changed = False
 
     @classmethod
-    def open(cls, target: TargetSet, tar: TarId) -> "TarAmender | None":
-        """An amender for the tar; None if it is not committed, has no failed image, or if somebody else is at it."""
-        lease = take(target, tar.name)
+    def open(cls, target: TargetSet, tar: TarId, blocks: range) -> "TarAmender | None":
+        """An amender for the tar; None if it is not committed, has no failed image, or if somebody else is at it.
+
+        Arguments as of `TarWriter.open`.
+        """
+        lease = take(target, tar.name, blocks)
         if lease is None:
             return None
         with lease.kept():
@@ -165,7 +168,6 @@ class TarAmender:
             there = there | places
             if self._target.format == "zarr":
                 data += shard_index(self._target.block, {number: place for (number, _), place in there.items()})
-            sweep(file)
             self._replace(file, data, version, block_notes(self._tar, data))
         for number, name in chunks:
             offset, count = there[number, name]

@@ -4,8 +4,8 @@ The temporary file of ``name`` is ``.{name}.{pid}-{token}.tmp`` beside it; a kil
 In an object store every write is whole or absent by itself: there is no temporary file, and nothing to sweep.
 """
 
-import glob
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +14,8 @@ from pathlib import Path
 from olavlm.data.objects import AnyPath, ObjectPath
 
 Check = Callable[[], None]
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+-[0-9a-f]+\.tmp")
 
 
 def publish(path: AnyPath, data: bytes, check: Check | None = None) -> None:
@@ -60,15 +62,25 @@ def ensure(path: AnyPath, data: bytes) -> None:
             publish(path, data)
 
 
-def sweep(path: AnyPath) -> None:
-    """Remove the temporary files that dead (or fenced-off) writers of `path` left behind.
+def sweep(*paths: AnyPath) -> None:
+    """Remove the temporary files that dead (or fenced-off) writers of `paths` left behind; lists every folder once.
 
-    A writer that is still alive then fails at its ``link`` or ``rename``, so that it cannot touch `path` any more.
+    A writer that is still alive then fails at its ``link`` or ``rename``, so that it cannot touch its path any more.
     """
-    if isinstance(path, ObjectPath):
-        return
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*-*.tmp"):
-        leftover.unlink(missing_ok=True)
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        if not isinstance(path, ObjectPath):
+            names.setdefault(path.parent, set()).add(path.name)
+    for folder, swept in names.items():
+        for leftover in folder.glob(".*.tmp"):
+            if written_as(leftover.name) in swept:
+                leftover.unlink(missing_ok=True)
+
+
+def written_as(name: str) -> str | None:
+    """The name of the file that a temporary file is to become; None if `name` is not one's."""
+    temporary = _TEMPORARY.fullmatch(name)
+    return temporary["name"] if temporary else None
 
 
 @contextmanager

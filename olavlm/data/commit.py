@@ -16,7 +16,7 @@ what a commit lists stays as it was when the commit appeared. (What a second try
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from olavlm.data.atomic import Check, publish, replace, sweep
 from olavlm.data.codec import Layout
+from olavlm.data.corpus import Tar
 from olavlm.data.lease import Lease, LeaseLost, leased
 from olavlm.data.objects import AnyPath, ObjectPath
 from olavlm.data.targets import COMMIT_SCHEMA, TargetSet, TarId, checksum
@@ -36,15 +37,16 @@ from olavlm.errors import OlaError
 _ABSENT = 2**64 - 1  # offset and length of a chunk a shard does not have
 
 
-def blocks(images: int, block: int) -> int:
-    """Shards of a tar with that many images."""
-    return -(-images // block)
+def tar_blocks(tars: Iterable[Tar], block: int) -> dict[str, range]:
+    """Numbers of the blocks of `block` images that every tar has, by its name, in the corpus' order.
 
-
-def first_blocks(images: Sequence[int], block: int) -> list[int]:
-    """Number of each tar's first block, from the tars' image counts in the corpus' order (tars only get appended)."""
-    starts = np.cumsum([0, *(blocks(n, block) for n in images)])
-    return [int(start) for start in starts[:-1]]
+    Every tar begins a block of its own. As tars only get appended to a corpus, a number never changes.
+    """
+    numbers, end = {}, 0
+    for tar in tars:
+        start, end = end, end + -(-tar.images // block)
+        numbers[tar.name] = range(start, end)
+    return numbers
 
 
 def shard(chunks: Sequence[bytes | None]) -> tuple[bytes, list[int]]:
@@ -137,28 +139,37 @@ def _metadata(data_type: str, rows: int, block: int, shape: tuple[int, ...]) -> 
     }
 
 
-def take(target: TargetSet, tar: str) -> Lease | None:
-    """The lease of a tar; None while somebody else holds it.
+def take(target: TargetSet, tar: str, blocks: range) -> Lease | None:
+    """The lease of a tar with these blocks; None while somebody else holds it.
 
-    Whoever it was taken over from can no longer commit: its temporary file is gone. Where there was nobody, there is
-    none, and the folder of a million commits is not searched.
+    Whoever it was taken over from can no longer publish anything: its temporary files are gone. Where there was nobody,
+    there are none, and folders of a million files are not searched.
     """
     lease = Lease.acquire(target.path / "leases", tar)
     if lease is not None and lease.inherited:
         with lease.kept():
-            sweep(target.path / "commits" / f"{tar}.parquet")
+            sweep(target.path / "commits" / f"{tar}.parquet", *block_files(target, blocks))
     return lease
 
 
-def tidy(target: TargetSet) -> None:
-    """Remove what writers left that died right after a commit, when nobody will open their tar again.
+def block_files(target: TargetSet, blocks: range) -> set[AnyPath]:
+    """The files that blocks of a set lie in, were they all there."""
+    return {file for block in blocks for file in (target.values_file(block), target.scales_file(block))}
 
-    Of a tar that is not committed the lease stays: it tells the next writer that somebody was at it.
+
+def tidy(target: TargetSet, tars: Iterable[Tar]) -> None:
+    """Remove what writers left behind that died, when nobody will open their tar again.
+
+    Args:
+        target: the set.
+        tars: all of the corpus.
     """
-    for name in leased(target.path / "leases"):
-        lease = take(target, name) if (target.path / "commits" / f"{name}.parquet").exists() else None
-        if lease is not None:
-            lease.release()
+    if names := leased(target.path / "leases"):
+        numbers = tar_blocks(tars, target.block)
+        for name in names:
+            lease = take(target, name, numbers[name]) if name in numbers else None
+            if lease is not None:
+                lease.release()
 
 
 class TarWriter:
@@ -167,34 +178,34 @@ class TarWriter:
     A context manager: leaving it gives up the lease that fences every file the writer lets appear.
     """
 
-    def __init__(self, target: TargetSet, tar: TarId, first_block: int, lease: Lease):
+    def __init__(self, target: TargetSet, tar: TarId, blocks: range, lease: Lease):
         self._target, self._tar, self._lease = target, tar, lease
-        self._block = first_block
+        self._blocks, self._block = blocks, blocks.start
         self._values: list[bytes | None] = []
         self._scales: list[bytes | None] = []
         self._pending: list[dict[str, Any]] = []  # rows of the block being filled
         self._rows: list[dict[str, Any]] = []
 
     @classmethod
-    def open(cls, target: TargetSet, tar: TarId, first_block: int) -> "TarWriter | None":
+    def open(cls, target: TargetSet, tar: TarId, blocks: range) -> "TarWriter | None":
         """A writer for the tar; None if it is committed, or if somebody else is at it.
 
         Args:
             target: the set.
             tar: the tar.
-            first_block: its first block, from `first_blocks`.
+            blocks: its blocks, from `tar_blocks`.
 
         Raises:
             OlaError: it was committed when it had another content.
         """
-        lease = take(target, tar.name)
+        lease = take(target, tar.name, blocks)
         if lease is None:
             return None
         file = target.commit_file(tar)
         with lease.kept():
             committed = file.exists()
         if not committed:
-            return cls(target, tar, first_block, lease)
+            return cls(target, tar, blocks, lease)
         lease.release()
         if target.commit(tar) is None:
             raise OlaError(
@@ -259,6 +270,11 @@ class TarWriter:
     def _append(self, row: dict[str, Any], values: bytes | None, scales: bytes | None) -> None:
         if len(self._values) == self._target.block:
             self._publish_block(row["key"])
+        if self._block not in self._blocks:  # the next block is another tar's
+            raise OlaError(
+                f"tar {self._tar.name}: its index has more images than tars.parquet says; make the corpus anew, "
+                "in another folder"
+            )
         row |= {"block": self._block, "row": len(self._values)}
         self._pending.append(row)
         self._values.append(values)
@@ -322,8 +338,6 @@ class TarWriter:
             OlaError: what is there, in an object store, is damaged, of another content of the tar, or lacks other
                 images.
         """
-        if self._lease.inherited:  # else nobody left anything, and the folder may hold all blocks of the set
-            sweep(file)
         try:
             if isinstance(file, ObjectPath):
                 self._lease.check()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from featurize.stage import open_jobs
-from olavlm.data.commit import TarWriter
+from olavlm.data.commit import TarWriter, tar_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Every how many changes of the disk each command is killed; 1 in the environment kills at every single one.
@@ -55,7 +55,9 @@ def test_promise_3_once_commands_killed_anywhere_and_rerun_end_alike(
     shutil.copytree(unbroken / "targets", tmp_path / "gc" / "start" / "targets")
     (job,) = open_jobs(world.config(tmp_path / "gc" / "start"))
     job.sets["seg"].commit_file(job.corpus.tars[1]).unlink()
-    writer = TarWriter.open(job.sets["seg"], job.corpus.tars[1], 2)
+    writer = TarWriter.open(
+        job.sets["seg"], job.corpus.tars[1], tar_blocks(job.corpus.tars, 4)[job.corpus.tars[1].name]
+    )
     assert writer is not None
     writer._lease._released.set()  # it dies now: no heart, and what it wrote stays
     writer._lease.path.write_text("elsewhere 1 0")

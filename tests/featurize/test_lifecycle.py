@@ -28,7 +28,7 @@ from olavlm.data import codec
 from olavlm.data import lease as lease_module
 from olavlm.data.amend import TarAmender
 from olavlm.data.atomic import replace
-from olavlm.data.commit import TarWriter
+from olavlm.data.commit import TarWriter, tar_blocks
 from olavlm.data.corpus import Corpus
 from olavlm.data.lease import Lease
 from olavlm.data.manifest import manifest_file
@@ -335,7 +335,7 @@ def test_gc_leaves_a_living_writer_alone(mine: Own) -> None:
     depth.commit_file(tar).unlink()
     half = [] if in_s3(mine.targets) else [depth.values_file(0).with_name(f".{depth.values_file(0).name}.1-ab.tmp")]
     half += [] if in_s3(mine.targets) else [depth.path / "commits" / f".{tar.name}.parquet.1-ab.tmp"]
-    with TarWriter.open(depth, tar, 0):
+    with TarWriter.open(depth, tar, tar_blocks(job.corpus.tars, depth.block)[tar.name]):
         for file in half:
             file.write_bytes(b"half")
         before = mine.files()
@@ -523,7 +523,7 @@ def test_an_export_is_made_anew_of_what_a_retry_changed(
     tar = job.corpus.tars[1]
     assert command("export", run, "--out", str(out)) == 0
     before, stamps = tree(out), {file: file.stat() for file in out.iterdir()}
-    with TarAmender.open(job.sets["gen"], tar) as amender:
+    with TarAmender.open(job.sets["gen"], tar, tar_blocks(job.corpus.tars, 4)[tar.name]) as amender:
         for entry, row in zip(job.corpus.index(tar).to_pylist(), job.sets["gen"].commit(tar).to_pylist(), strict=True):
             if row["status"] == "failed" and "truncated" not in row["reason"]:
                 values = np.zeros(job.sets["gen"].identity.layout.shape, np.float16)

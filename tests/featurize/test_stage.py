@@ -24,7 +24,7 @@ from featurize.stage import failed_images, open_jobs, run_pipeline, status
 from featurize.teachers.unclip import UnClip
 from featurize.worker import Unit, Worker
 from olavlm.data import codec
-from olavlm.data.commit import TarWriter
+from olavlm.data.commit import TarWriter, tar_blocks
 from olavlm.data.images import decode_image
 from olavlm.errors import OlaError
 
@@ -214,7 +214,7 @@ def test_promise_3_once_a_second_job_leaves_the_first_ones_tar_alone(
     identities = {task: teachers.load(stated).identity(task) for task, stated in config.teachers.items()}
     (job,) = open_jobs(config, identities)
     first = job.corpus.tars[0]
-    held = TarWriter.open(job.sets["depth"], first, 0)
+    held = TarWriter.open(job.sets["depth"], first, tar_blocks([first], 4)[first.name])
     waiting = threading.Event()
 
     def poll(_: float) -> None:
@@ -235,7 +235,7 @@ def test_a_worker_reports_what_another_writer_is_at(world: Any, own: Path) -> No
     job.sets["gen"].commit_file(first).unlink()
     worker = Worker(config.teachers, config.featurize, {task: s.identity for task, s in job.sets.items()})
     unit = Unit("all", job.corpus.path, own / "targets", first.name)
-    with TarWriter.open(job.sets["gen"], first, 0):
+    with TarWriter.open(job.sets["gen"], first, tar_blocks([first], 4)[first.name]):
         report = worker.run(unit)
     assert (report.busy, report.images) == (["gen"], 0)
     report = worker.run(unit)

@@ -25,7 +25,7 @@ from transformers import (
 from featurize.corpus.pack import pack_llava_json
 from olavlm.config import Format, PipelineConfig, TeacherConfig, load_pipeline
 from olavlm.data import codec
-from olavlm.data.commit import TarWriter, describe_arrays, first_blocks
+from olavlm.data.commit import TarWriter, describe_arrays, tar_blocks
 from olavlm.data.corpus import Corpus
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from train import stage as stages
@@ -145,12 +145,12 @@ def commit_targets(
         if other.identity == identity and other.format != form:
             shutil.rmtree(str(other.path))
     target = store.add(identity, block=4, form=form)
-    starts = first_blocks([tar.images for tar in corpus.tars], 4)
+    blocks = tar_blocks(corpus.tars, 4)
     describe_arrays(target, rows=100)
     rng = np.random.default_rng(len(task))
     features = None
-    for tar, start in zip(corpus.tars, starts, strict=True):
-        writer = TarWriter.open(target, tar, start)
+    for tar in corpus.tars:
+        writer = TarWriter.open(target, tar, blocks[tar.name])
         assert writer is not None
         with writer:
             for row in corpus.index(tar).to_pylist():

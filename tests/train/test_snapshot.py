@@ -139,7 +139,7 @@ def test_a_run_goes_on_with_its_pinned_targets_when_failed_images_get_theirs(own
     pinned = [before.sample(i) for i in range(sum(before.sizes))]
     (failed,) = [s for s in pinned if any(image.targets["depth"] is None for image in s.images)]
     tar = own_world.corpus().tar(failed.tar.name)
-    amender = TarAmender.open(target, tar)
+    amender = TarAmender.open(target, tar, range(0))
     assert amender is not None
     with amender:
         (image,) = failed.images

@@ -23,6 +23,7 @@ from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
 BLOCK, IMAGES = 4, 10
+BLOCKS = range(3)
 IDENTITY = Identity(
     task="depth",
     teacher="depth_anything",
@@ -75,7 +76,7 @@ def make(request: Any, store: TargetStore) -> Callable[[set[int]], TargetSet]:
         codec_name, form = request.param
         target = store.add(replace(IDENTITY, codec=codec_name), BLOCK, form)
         describe_arrays(target, 3 * BLOCK)
-        writer = TarWriter.open(target, Tar(), 0)
+        writer = TarWriter.open(target, Tar(), BLOCKS)
         assert writer is not None
         with writer:
             writer.no_image("text")
@@ -88,7 +89,7 @@ def make(request: Any, store: TargetStore) -> Callable[[set[int]], TargetSet]:
 
 
 def _amend(target: TargetSet, failing: Set[int] = frozenset()) -> None:
-    amender = TarAmender.open(target, Tar())
+    amender = TarAmender.open(target, Tar(), BLOCKS)
     assert amender is not None
     with amender:
         for position in sorted(amender.failed):
@@ -174,8 +175,8 @@ def test_nothing_is_written_where_nothing_succeeds(make: Any) -> None:
 
 def test_only_a_committed_tar_with_failures_is_opened(make: Any, store: TargetStore) -> None:
     target = make(set())
-    assert TarAmender.open(target, Tar()) is None
-    assert TarAmender.open(target, Tar("another")) is None
+    assert TarAmender.open(target, Tar(), BLOCKS) is None
+    assert TarAmender.open(target, Tar("another"), BLOCKS) is None
     assert list((target.path / "leases").iterdir()) == []
 
 
@@ -186,7 +187,7 @@ def test_promise_2_atomic_a_try_that_dies_before_its_commit_changes_nothing_that
     """Its chunks lie in the shards, unlisted; the next try gives the bytes of one that was never disturbed."""
     target = make({1, 2, 5})
     before = target.commit_file(Tar()).read_bytes()
-    amender = TarAmender.open(target, Tar())
+    amender = TarAmender.open(target, Tar(), BLOCKS)
     with amender:
         for i in (1, 2, 5):
             _put(amender, i)  # publishes block 0, when an image of block 1 comes
@@ -210,7 +211,7 @@ def test_promise_2_atomic_a_try_that_dies_before_its_commit_changes_nothing_that
 
 def test_promise_3_once_a_zombie_cannot_amend_after_a_takeover(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make({1, 5})
-    zombie = TarAmender.open(target, Tar())
+    zombie = TarAmender.open(target, Tar(), BLOCKS)
     _put(zombie, 1)
     monkeypatch.setattr("olavlm.data.lease._stale", lambda path: True)
     _amend(target)
@@ -228,7 +229,7 @@ def test_promise_3_once_a_zombie_cannot_amend_after_a_takeover(make: Any, monkey
 
 def test_another_image_than_the_committed_one_is_refused(make: Any) -> None:
     target = make({1})
-    amender = TarAmender.open(target, Tar())
+    amender = TarAmender.open(target, Tar(), BLOCKS)
     values, scales = codec.encode(FEATURES[:1], target.identity.codec)
     with amender, pytest.raises(OlaError, match=r"sample 'k1', image 0 has hash hash 1 in the commit and other in the"):
         amender.add("k1", 0, "other", values[0], scales if scales is None else scales[0], 1.0, 2.0)
@@ -245,7 +246,7 @@ def test_a_shard_cut_short_is_not_amended(make: Any) -> None:
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_chunk_that_a_dead_try_left_and_that_is_damaged_is_not_taken(make: Any) -> None:
     target = make({1, 2, 5})
-    with TarAmender.open(target, Tar()) as amender:
+    with TarAmender.open(target, Tar(), BLOCKS) as amender:
         for i in (1, 2, 5):
             _put(amender, i)  # publishes block 0, when an image of block 1 comes
     file, values = target.values_file(0), codec.encode(FEATURES[1:2], target.identity.codec)[0][0].tobytes()
@@ -284,7 +285,7 @@ def test_promise_3_once_of_two_tries_in_s3_the_slower_damages_nothing(
 ) -> None:
     """The first is stopped right before its `last`-th write, when another takes over, computes other bytes and ends."""
     target = make({1, 2, 5})
-    first = TarAmender.open(target, Tar())
+    first = TarAmender.open(target, Tar(), BLOCKS)
     check, looks, committed = first._lease.check, [], []
 
     def second_comes() -> None:
@@ -293,7 +294,7 @@ def test_promise_3_once_of_two_tries_in_s3_the_slower_damages_nothing(
         if len(looks) == last:
             with monkeypatch.context() as patch:
                 patch.setattr("olavlm.data.lease._stale", lambda path: True)
-                second = TarAmender.open(target, Tar())
+                second = TarAmender.open(target, Tar(), BLOCKS)
             with second:
                 _others(target, second, (1, 5))
                 second.fail("k2", 0, "hash 2", "broken")
@@ -322,12 +323,12 @@ def test_promise_3_once_the_faster_of_two_tries_in_s3_commits_though_it_lost_its
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = make({1, 2, 5})
-    first = TarAmender.open(target, Tar())
+    first = TarAmender.open(target, Tar(), BLOCKS)
     for i in (1, 2, 5):
         _put(first, i)
     with monkeypatch.context() as patch:
         patch.setattr("olavlm.data.lease._stale", lambda path: True)
-        second = TarAmender.open(target, Tar())
+        second = TarAmender.open(target, Tar(), BLOCKS)
     _others(target, second, (1, 2, 5))
     monkeypatch.setattr(first._lease, "check", lambda: None)
     first.commit()

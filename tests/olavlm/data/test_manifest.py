@@ -54,7 +54,7 @@ def target(tmp_path: Path) -> TargetSet:
 
 
 def _commit(target: TargetSet, tar: Tar, ok: int, failed: int) -> None:
-    writer = TarWriter.open(target, tar, 0)
+    writer = TarWriter.open(target, tar, range(1))
     assert writer is not None
     with writer:
         writer.no_image("text")

@@ -19,7 +19,7 @@ from olavlm.data.objects import ObjectPath, as_path, join, local_path
 from olavlm.data.targets import TargetSet, TargetStore
 from olavlm.errors import OlaError
 
-from .test_targets import BLOCK, IDENTITY, Tar
+from .test_targets import BLOCK, BLOCKS, IDENTITY, Tar
 
 FEATURES = np.random.default_rng(0).normal(size=(6, 4, 6)).astype(np.float32)
 OTHERS = FEATURES * np.float32(1.0001)  # as another GPU would compute them
@@ -197,7 +197,7 @@ def target(s3: ObjectPath, request: pytest.FixtureRequest) -> TargetSet:
 
 
 def write(target: TargetSet, tar: Tar = Tar(), features: Any = FEATURES, images: int = 6) -> None:  # noqa: B008
-    with TarWriter.open(target, tar, 0) as writer:
+    with TarWriter.open(target, tar, BLOCKS) as writer:
         fill(writer, features, images)
         writer.commit()
 
@@ -222,14 +222,14 @@ def check_readable(target: TargetSet) -> None:
 def test_a_set_in_s3_is_written_once_and_read_back(target: TargetSet) -> None:
     write(target)
     check_readable(target)
-    assert TarWriter.open(target, Tar(), 0) is None
+    assert TarWriter.open(target, Tar(), BLOCKS) is None
     assert not (target.path / "leases").is_dir()
     assert TargetStore.open(str(target.path.parent), "corpus").targets()[0].identity == IDENTITY
 
 
 def test_promise_3_once_two_writers_at_one_tar(target: TargetSet) -> None:
-    with TarWriter.open(target, Tar(), 0):
-        assert TarWriter.open(target, Tar(), 0) is None
+    with TarWriter.open(target, Tar(), BLOCKS):
+        assert TarWriter.open(target, Tar(), BLOCKS) is None
     write(target)
     check_readable(target)
 
@@ -238,7 +238,7 @@ def test_promise_3_once_a_zombie_in_s3_can_change_nothing(
     target: TargetSet, monkeypatch: pytest.MonkeyPatch, objects: Any
 ) -> None:
     """It is stopped between its last look at the lease and its write, and computes other bytes than its successor."""
-    zombie = TarWriter.open(target, Tar(), 0)
+    zombie = TarWriter.open(target, Tar(), BLOCKS)
     check, whole = zombie._lease.check, {}
 
     def takeover_after_the_check() -> None:
@@ -266,10 +266,10 @@ def test_promise_3_once_a_zombie_in_s3_that_commits_first_has_committed_what_is_
     target: TargetSet, monkeypatch: pytest.MonkeyPatch, objects: Any
 ) -> None:
     """Its commit passes the last look at the lease, then its successor has published a block; then the commit lands."""
-    zombie = TarWriter.open(target, Tar(), 0)
+    zombie = TarWriter.open(target, Tar(), BLOCKS)
     fill(zombie, OTHERS, 5)  # the first block is published, the second is being filled
     monkeypatch.setattr(lease_module, "_stale", lambda path: True)
-    successor = TarWriter.open(target, Tar(), 0)
+    successor = TarWriter.open(target, Tar(), BLOCKS)
     fill(successor, FEATURES, 6, rms=1.1)
     monkeypatch.setattr(zombie._lease, "check", lambda: None)
     values, scales = codec.encode(OTHERS, "int8")

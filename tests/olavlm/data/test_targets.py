@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from olavlm.config import TeacherConfig
-from olavlm.data import atomic, codec, files
-from olavlm.data.commit import TarWriter, describe_arrays, first_blocks, shard
+from olavlm.data import atomic, codec, corpus, files
+from olavlm.data.commit import TarWriter, describe_arrays, shard, take, tar_blocks
 from olavlm.data.lease import LeaseLost
 from olavlm.data.targets import Identity, TargetSet, TargetStore
 from olavlm.errors import OlaError
 
 BLOCK = 4
+BLOCKS = range(2)
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def store(tmp_path: Path) -> TargetStore:
     return TargetStore.create(tmp_path / "targets", "corpus-1")
 
 
-def _write(target: TargetSet, tar: Tar, images: int, first_block: int = 0, failing: frozenset[int] = frozenset()):
+def _write(target: TargetSet, tar: Tar, images: int, blocks: range = BLOCKS, failing: frozenset[int] = frozenset()):
     """A text-only sample, then images with random features, some failed; returns the encoded rows that were added."""
     identity = target.identity
-    rng = np.random.default_rng(first_block)
+    rng = np.random.default_rng(blocks.start)
     features = rng.normal(size=(images, identity.tokens, identity.width)).astype(np.float32)
     values, scales = codec.encode(features, identity.codec)
-    writer = TarWriter.open(target, tar, first_block)
+    writer = TarWriter.open(target, tar, blocks)
     assert writer is not None
     with writer:
         writer.no_image("text")
@@ -176,10 +177,11 @@ def test_shard_offsets_point_at_the_chunks(chunks: list[bytes | None]) -> None:
 
 @given(st.lists(st.integers(0, 20), max_size=8), st.integers(1, 6))
 def test_blocks_of_earlier_tars_do_not_move_when_a_corpus_grows(images: list[int], block: int) -> None:
-    grown = first_blocks([*images, 5], block)
-    assert grown[:-1] == first_blocks(images, block)
-    rows = [range(s * block, s * block + n) for s, n in zip(grown, [*images, 5], strict=True)]
-    assert len(set().union(*rows)) == sum(images) + 5  # no two images share a row
+    tars = [corpus.Tar(f"{i}", f"{i}.tar", "hash", 0, n, n) for i, n in enumerate([*images, 5])]
+    grown = tar_blocks(tars, block)
+    assert list(grown.items())[:-1] == list(tar_blocks(tars[:-1], block).items())
+    assert all(tar.images <= block * len(grown[tar.name]) < tar.images + block for tar in tars)
+    assert [number for blocks in grown.values() for number in blocks] == list(range(sum(map(len, grown.values()))))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp16"])
@@ -187,8 +189,8 @@ def test_zarr_reads_what_the_reader_reads(store: TargetStore, name: str) -> None
     target = store.add(replace(IDENTITY, codec=name, width=32), BLOCK)
     tars = [Tar("a"), Tar("b")]
     describe_arrays(target, rows=3 * BLOCK)
-    for tar, images, start in zip(tars, [6, 2], first_blocks([6, 2], BLOCK), strict=True):
-        values, scales = _write(target, tar, images, start, failing=frozenset({1}))
+    for tar, images, blocks in zip(tars, [6, 2], [range(2), range(2, 3)], strict=True):
+        values, scales = _write(target, tar, images, blocks, failing=frozenset({1}))
         array = zarr.open(target.path / "values.zarr", mode="r")
         assert array.shape == (3 * BLOCK, *target.identity.layout.shape)
         for row in target.commit(tar).to_pylist():
@@ -235,7 +237,7 @@ def test_a_commit_lists_every_sample_in_order(store: TargetStore) -> None:
 
 def test_promise_2_atomic_nothing_shows_before_the_commit(store: TargetStore) -> None:
     target = store.add(IDENTITY, BLOCK)
-    writer = TarWriter.open(target, Tar(), 0)
+    writer = TarWriter.open(target, Tar(), BLOCKS)
     values, scales = codec.encode(np.ones((1, 4, 6), np.float32), "int8")
     with writer:
         for i in range(BLOCK + 1):
@@ -246,10 +248,19 @@ def test_promise_2_atomic_nothing_shows_before_the_commit(store: TargetStore) ->
     assert list((target.path / "leases").iterdir()) == []
 
 
+def test_a_writer_leaves_the_blocks_of_the_next_tar_alone(store: TargetStore) -> None:
+    target = store.add(IDENTITY, BLOCK)
+    _write(target, Tar("next"), 3, blocks=range(2, 4))
+    whole = _shards(target)
+    with pytest.raises(OlaError, match=r"tar 000000 \[a\]: its index has more images than tars.parquet says"):
+        _write(target, Tar(), 2 * BLOCK + 1)
+    assert {name: _shards(target)[name] for name in whole} == whole
+
+
 def test_promise_3_once_a_committed_tar_is_not_opened_again(store: TargetStore) -> None:
     target = store.add(IDENTITY, BLOCK)
     _write(target, Tar(), 3)
-    assert TarWriter.open(target, Tar(), 0) is None
+    assert TarWriter.open(target, Tar(), BLOCKS) is None
     assert list((target.path / "leases").iterdir()) == []
 
 
@@ -275,7 +286,7 @@ def test_promise_3_once_a_zombie_cannot_publish_after_a_takeover(
 ) -> None:
     target = store.add(IDENTITY, BLOCK)
     values, scales = codec.encode(np.ones((1, 4, 6), np.float32), "int8")
-    zombie = TarWriter.open(target, Tar(), 0)
+    zombie = TarWriter.open(target, Tar(), BLOCKS)
     for i in range(BLOCK):
         zombie.add(f"z{i}", 0, "h", values[0], scales[0], 1.0, 1.0)
     monkeypatch.setattr("olavlm.data.lease._stale", lambda path: True)
@@ -295,34 +306,46 @@ def test_promise_3_once_an_error_on_the_way_to_a_tar_leaves_it_to_the_next(
 ) -> None:
     """As of a file server that is away: a lease kept by nobody would have a heart all the same."""
 
-    def fail(_: Path) -> bool:
+    def fail(*_: Path) -> bool:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     target = store.add(IDENTITY, BLOCK)
-    zombie = TarWriter.open(target, Tar(), 0)
+    zombie = TarWriter.open(target, Tar(), BLOCKS)
     with monkeypatch.context() as patch:
         patch.setattr("olavlm.data.lease._stale", lambda path: True)
         patch.setattr(fails, fail)
         with pytest.raises(OSError, match="Input/output error"):
-            TarWriter.open(target, Tar(), 0)
+            TarWriter.open(target, Tar(), BLOCKS)
     _write(target, Tar(), 3)
     zombie.__exit__()
 
 
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+@pytest.mark.parametrize("left", [None, b"of a writer before"])
+@pytest.mark.parametrize("given_back", [False, True])
 def test_promise_3_once_a_zombie_stopped_right_before_the_rename_fails(
-    store: TargetStore, monkeypatch: pytest.MonkeyPatch
+    store: TargetStore, monkeypatch: pytest.MonkeyPatch, form: str, left: bytes | None, given_back: bool
 ) -> None:
-    target = store.add(IDENTITY, BLOCK)
+    """Also where whoever took the tar over gave it back, as gc and repair do, so that its writer found it free."""
+    target = store.add(IDENTITY, BLOCK, form)
     values, scales = codec.encode(np.ones((1, 4, 6), np.float32), "int8")
-    zombie = TarWriter.open(target, Tar(), 0)
+    zombie = TarWriter.open(target, Tar(), BLOCKS)
     for i in range(BLOCK):
         zombie.add(f"z{i}", 0, "h", values[0], scales[0], 1.0, 1.0)
     check, whole = zombie._lease.check, {}
+    steps = [None] if left is None else [None, None]  # it links its block, or finds one there and replaces it
+    if left:
+        atomic.publish(target.values_file(0), left)
 
     def takeover_after_the_check() -> None:
         check()
+        steps.pop()
+        if steps:
+            return
         monkeypatch.setattr(zombie._lease, "check", check)
         monkeypatch.setattr("olavlm.data.lease._stale", lambda path: True)
+        if given_back:
+            take(target, Tar().name, BLOCKS).release()
         _write(target, Tar(), 6)
         whole.update(_shards(target))
 
@@ -432,7 +455,7 @@ def test_all_readers_of_a_process_hold_few_files_open(store: TargetStore, monkey
     """Two corpora with three sets each, every one with 128 files, would reach the usual limit of 1024."""
     monkeypatch.setattr(files, "STAY_OPEN", 10)
     target = store.add(IDENTITY, 1)
-    _write(target, Tar(), 8)
+    _write(target, Tar(), 8, range(8))
     rows = target.commit(Tar()).to_pylist()[1:]
     before = len(os.listdir("/dev/fd"))
     readers = [TargetSet(target.path) for _ in range(8)]
@@ -447,7 +470,7 @@ def test_all_readers_of_a_process_hold_few_files_open(store: TargetStore, monkey
 
 def test_many_threads_read_more_files_than_stay_open(store: TargetStore, monkeypatch: pytest.MonkeyPatch) -> None:
     target = store.add(IDENTITY, 1)
-    values, scales = _write(target, Tar(), 40)
+    values, scales = _write(target, Tar(), 40, range(40))
     rows = target.commit(Tar()).to_pylist()[1:]
     reader = TargetSet(target.path)
     monkeypatch.setattr(files, "STAY_OPEN", 3)

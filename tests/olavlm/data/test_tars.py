@@ -18,7 +18,7 @@ from olavlm.data.targets import TargetSet, TargetStore
 from olavlm.data.tars import member_stems, npy_header, pack
 from olavlm.errors import OlaError
 
-from .test_targets import BLOCK, IDENTITY, Tar
+from .test_targets import BLOCK, BLOCKS, IDENTITY, Tar
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/."), min_size=1, max_size=120)
 
@@ -59,7 +59,7 @@ def test_both_forms_and_every_way_to_read_them_agree(tmp_path: Path, name: str) 
     for form in ("zarr", "webdataset"):
         target = TargetStore.create(tmp_path / form, "corpus").add(replace(IDENTITY, codec=name), BLOCK, form)
         describe_arrays(target, 2 * BLOCK)
-        with TarWriter.open(target, Tar(), 0) as writer:
+        with TarWriter.open(target, Tar(), BLOCKS) as writer:
             for i, (key, index) in enumerate(rows):
                 if key == "t":
                     writer.no_image(key)

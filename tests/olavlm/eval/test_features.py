@@ -26,7 +26,7 @@ def target(request: Any, tmp_path: Path) -> TargetSet:
     )
     target = TargetStore.create(tmp_path, "c").add(identity, block=2)
     describe_arrays(target, rows=4)
-    writer = TarWriter.open(target, TAR, 0)
+    writer = TarWriter.open(target, TAR, range(2))
     assert writer is not None
     with writer:
         for i, data in enumerate(IMAGES):
