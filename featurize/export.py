@@ -52,7 +52,7 @@ def export(config: PipelineConfig, data: str, out: Path) -> Iterator[str]:
     _claim(out, {"corpus": job.corpus.id, "targets": {task: target.path.name for task, target in job.sets.items()}})
     with ThreadPoolExecutor(config.featurize.decode_threads, "export") as pool:
         tars = job.corpus.tars
-        _sweep_finished(out)
+        sweep(*(out / f"{tar.name}.tar" for tar in tars))  # what killed exports left
         committed = {task: there["content"].to_pylist() for task, there in job.committed().items()}
         contents = [{task: content[i] for task, content in committed.items()} for i in range(len(tars))]
         futures = [pool.submit(_export_tar, job, tar, out, of_tar) for tar, of_tar in zip(tars, contents, strict=True)]
@@ -63,13 +63,6 @@ def export(config: PipelineConfig, data: str, out: Path) -> Iterator[str]:
         finally:
             for future in futures:
                 future.cancel()
-
-
-def _sweep_finished(out: Path) -> None:
-    """Remove what exports left that died right after a tar had its name; the others' go when their tar is written."""
-    for leftover in out.glob(".*.tar.*-*.tmp"):
-        if (out / f"{leftover.name[1:].rpartition('.tar.')[0]}.tar").exists():
-            leftover.unlink(missing_ok=True)
 
 
 def _claim(out: Path, content: dict[str, Any]) -> None:
@@ -102,7 +95,6 @@ def _export_tar(job: Job, tar: Tar, out: Path, contents: dict[str, str | None]) 
     if lacking := [task for task in commits if task not in rows]:  # withdrawn meanwhile
         return lacking
     index = job.corpus.index(tar).to_pylist()
-    sweep(path)
     temporary = out / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         with tarfile.open(temporary, "x", format=tarfile.PAX_FORMAT) as file:
@@ -125,8 +117,11 @@ def _export_tar(job: Job, tar: Tar, out: Path, contents: dict[str, str | None]) 
                 if last:
                     text = job.corpus.read(tar, entry["text_offset"], entry["text_bytes"])
                     _add(file, f"{entry['key']}.{entry['text_member']}", text, note)
-        fsync(temporary)
-        os.replace(temporary, path)
+        try:
+            fsync(temporary)
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            raise OlaError(f"{temporary}: another export into this folder removed it; run one at a time") from None
     finally:
         temporary.unlink(missing_ok=True)
     fsync(out)

@@ -15,7 +15,7 @@ import secrets
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 from featurize.progress import track
@@ -47,6 +47,11 @@ def withdraw_damaged(config: PipelineConfig, recompute: int = 0) -> Iterator[tup
         What is wrong, and whether a run will make it good; it will not while another writer is at the tar.
     """
     jobs = {job.name: job for job in open_jobs(config)}
+    numbers = {
+        (job.name, task): tar_blocks(job.corpus.tars, of.block)
+        for job in jobs.values()
+        for task, of in job.sets.items()
+    }
     withdrawn: dict[tuple[str, str, Tar], bool] = {}
     for finding in verify(config, recompute):
         if finding.tar is None:
@@ -54,21 +59,23 @@ def withdraw_damaged(config: PipelineConfig, recompute: int = 0) -> Iterator[tup
             continue
         place = finding.data, finding.task, finding.tar
         if place not in withdrawn:
-            withdrawn[place] = _withdraw(jobs[finding.data], finding)
+            withdrawn[place] = _withdraw(
+                jobs[finding.data], finding, numbers[finding.data, finding.task][finding.tar.name]
+            )
         yield finding, withdrawn[place]
 
 
-def _withdraw(job: Job, finding: Finding) -> bool:
+def _withdraw(job: Job, finding: Finding, blocks: range) -> bool:
     """Remove a tar's commit, and the ones it superseded; unless another repair has made it good meanwhile."""
     task, tar = finding.task, finding.tar
     assert tar is not None
     target = TargetSet(job.sets[task].path)  # one that has no file open
-    blocks = tar_blocks(job.corpus.tars, target.block)[tar.name]
     lease = take(target, tar.name, blocks)
     if lease is None:
         return False
-    with lease:
+    with lease, suppress(LeaseLost):
         if finding.recomputed or any(verify_tar(replace(job, sets={task: target}), task, tar)):
+            lease.check()  # that took long
             if isinstance(target.path, ObjectPath):
                 # A run takes the blocks that it finds here, so they go before the commit, until which the tar is
                 # committed to a run. (On a disk it replaces them.)
@@ -76,7 +83,8 @@ def _withdraw(job: Job, finding: Finding) -> bool:
                     file.unlink(missing_ok=True)
             _remove(target.path / "superseded" / tar.name)
             target.commit_file(tar).unlink(missing_ok=True)
-    return True
+        return True
+    return False
 
 
 # ---- drop
@@ -221,16 +229,14 @@ def _collect(target: TargetSet, corpus: AnyPath, dry_run: bool) -> Iterator[Garb
         lease = None if dry_run else take(target, name, numbers.get(name, range(0)))  # which removes some of it
         if lease is None and not dry_run:
             continue  # somebody has just come
-        try:
+        with lease or nullcontext(), suppress(LeaseLost):
             committed = (target.path / "commits" / f"{name}.parquet").exists()
             for garbage in found:
                 if not (garbage.why == _UNLISTED and committed):
-                    if not dry_run:
+                    if lease:
+                        lease.check()
                         _remove(garbage.path)
                     yield garbage
-        finally:
-            if lease:
-                lease.release()
 
 
 Candidates = list[tuple[AnyPath, str]]  # what may go, and why
@@ -245,6 +251,11 @@ def _candidates(target: TargetSet, corpus: AnyPath) -> tuple[Candidates, dict[st
     committed = {file.stem for file in (folder / "commits").glob("[!.]*.parquet")}
     # The corpus after blocks and leases, so that it knows the tars of all of them.
     numbers = tar_blocks(Corpus.open(corpus).tars, target.block)
+    if unknown := committed - numbers.keys():
+        raise OlaError(
+            f"{folder}: has commits of {len(unknown)} tars that corpus {corpus} does not have, {min(unknown)} for one; "
+            "is that an older copy of the corpus? Nothing of this set was removed"
+        )
     owners = [(blocks, name) for name, blocks in numbers.items() if blocks]
     loose: Candidates = []
     of_tar: dict[str, Candidates] = {}

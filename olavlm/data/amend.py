@@ -74,7 +74,7 @@ class TarAmender:
         with lease.kept():
             content = _read(target.commit_file(tar))
             commit = target.commit(tar, content_hash(content.data)) if content.data else None
-        amender = cls(target, tar, [] if commit is None else commit.to_pylist(), lease, content)
+            amender = cls(target, tar, [] if commit is None else commit.to_pylist(), lease, content)
         if amender.failed:
             return amender
         lease.release()

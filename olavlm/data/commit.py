@@ -17,7 +17,7 @@ what a commit lists stays as it was when the commit appeared. (What a second try
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import google_crc32c
@@ -140,16 +140,27 @@ def _metadata(data_type: str, rows: int, block: int, shape: tuple[int, ...]) -> 
 
 
 def take(target: TargetSet, tar: str, blocks: range) -> Lease | None:
-    """The lease of a tar with these blocks; None while somebody else holds it.
+    """The lease of a tar with these blocks; None while somebody else holds it."""
+    return take_all(target, {tar: blocks}).get(tar)
 
-    Whoever it was taken over from can no longer publish anything: its temporary files are gone. Where there was nobody,
-    there are none, and folders of a million files are not searched.
+
+def take_all(target: TargetSet, blocks: Mapping[str, range]) -> dict[str, Lease]:
+    """The leases of tars with these blocks, of those that nobody else holds.
+
+    Whoever one was taken over from can no longer publish anything: its temporary files are gone. Where there was
+    nobody, there are none, and folders of a million files are not searched.
     """
-    lease = Lease.acquire(target.path / "leases", tar)
-    if lease is not None and lease.inherited:
-        with lease.kept():
-            sweep(target.path / "commits" / f"{tar}.parquet", *block_files(target, blocks))
-    return lease
+    taken, left = {}, set[AnyPath]()
+    with ExitStack() as kept:
+        for tar, numbers in blocks.items():
+            lease = Lease.acquire(target.path / "leases", tar)
+            if lease is not None:
+                kept.enter_context(lease.kept())
+                taken[tar] = lease
+                if lease.inherited:
+                    left |= {target.path / "commits" / f"{tar}.parquet", *block_files(target, numbers)}
+        sweep(*left)
+    return taken
 
 
 def block_files(target: TargetSet, blocks: range) -> set[AnyPath]:
@@ -166,10 +177,8 @@ def tidy(target: TargetSet, tars: Iterable[Tar]) -> None:
     """
     if names := leased(target.path / "leases"):
         numbers = tar_blocks(tars, target.block)
-        for name in names:
-            lease = take(target, name, numbers[name]) if name in numbers else None
-            if lease is not None:
-                lease.release()
+        for lease in take_all(target, {name: numbers[name] for name in names if name in numbers}).values():
+            lease.release()
 
 
 class TarWriter:

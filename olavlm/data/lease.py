@@ -20,7 +20,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from olavlm.data.atomic import publish, sweep
@@ -98,11 +98,20 @@ class Lease:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Held beyond the block; but given up if that raises, as nobody would do it later and the heart beats on."""
+        """Held beyond the block; but left behind if that raises, as nobody would do it later and the heart beats on.
+
+        Left behind, not given up: the next holder then inherits it, and sweeps what this one may not have swept.
+        """
         try:
             yield
         except BaseException:
-            self.release()
+            if isinstance(self.path, ObjectPath):  # where nothing is swept
+                self.release()
+            else:
+                self._released.set()
+                self._heart.join()
+                with suppress(OSError):  # then it is dead a minute later
+                    os.utime(self.path, (0, 0))
             raise
 
     def __enter__(self) -> "Lease":

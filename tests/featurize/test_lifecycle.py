@@ -324,6 +324,18 @@ def test_gc_removes_what_no_commit_lists_and_nothing_else(mine: Own, whole: Path
     assert mine.files() == files_of(whole)
 
 
+def test_gc_by_an_older_copy_of_a_grown_corpus_removes_nothing(mine: Own, capsys: Any) -> None:
+    """To it the blocks of newer tars are no tar's."""
+    depth = mine.job().sets["depth"]
+    replace(depth.path / "commits" / "newer.parquet", b"as of a newer tar")
+    replace(depth.values_file(99), b"and its block")
+    before = mine.files()
+    assert mine("gc") == 2
+    assert "has commits of 1 tars that corpus" in (told := " ".join(capsys.readouterr().err.split()))
+    assert "does not have, newer for one; is that an older copy of the corpus?" in told
+    assert mine.files() == before
+
+
 @MOST
 def test_gc_leaves_a_living_writer_alone(mine: Own) -> None:
     # Two blocks, in two arrays or one tar each; on a disk the half commit, and the half block that no folder goes with.

@@ -304,13 +304,19 @@ def test_promise_3_once_a_zombie_cannot_publish_after_a_takeover(
 def test_promise_3_once_an_error_on_the_way_to_a_tar_leaves_it_to_the_next(
     store: TargetStore, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    """As of a file server that is away: a lease kept by nobody would have a heart all the same."""
+    """As of a file server that is away: a lease kept by nobody would have a heart all the same.
+
+    And who was fenced off before stays so, though nobody has swept its files yet.
+    """
 
     def fail(*_: Path) -> bool:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     target = store.add(IDENTITY, BLOCK)
     zombie = TarWriter.open(target, Tar(), BLOCKS)
+    assert zombie is not None
+    block = target.values_file(0)
+    atomic.replace(block.with_name(f".{block.name}.1-ab.tmp"), b"what it is about to rename")
     with monkeypatch.context() as patch:
         patch.setattr("olavlm.data.lease._stale", lambda path: True)
         patch.setattr(fails, fail)
@@ -318,6 +324,8 @@ def test_promise_3_once_an_error_on_the_way_to_a_tar_leaves_it_to_the_next(
             TarWriter.open(target, Tar(), BLOCKS)
     _write(target, Tar(), 3)
     zombie.__exit__()
+    assert [path.name for path in block.parent.iterdir()] == [block.name]
+    assert list((target.path / "leases").iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["zarr", "webdataset"])
