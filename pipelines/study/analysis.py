@@ -139,19 +139,21 @@ def interval(values: Array, images: Array) -> Estimate:
     return Estimate(both.value, min(both.low, seeds.low), max(both.high, seeds.high))
 
 
-def detectable(values: Array) -> float:
-    """The gain that `over_seeds` would show to differ from 0 in 8 of 10 studies with as many seeds, spread as these.
+def detectable(values: Array, images: Array) -> float:
+    """The gain that `interval` would show to differ from 0 in 8 of 10 studies of as many seeds and images, spread so.
 
-    That of a two-sided t test, by the noncentral t distribution.
+    The larger of the two that its parts would show: `over_seeds` by the noncentral t distribution, and `two_way` as if
+    its means were normal, with the spread that its width tells of.
 
     Args:
         values: (students, questions), two students at least.
+        images: (questions,) int, which image a question is about.
     """
-    means = values.mean(1)
+    means, both = values.mean(1), two_way(values, images)
     n, spread = len(means), float(means.std(ddof=1))
-    edge = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    edge, half = stats.t.ppf((1 + LEVEL) / 2, n - 1), (both.high - both.low) / 2
     shift = optimize.brentq(lambda shift: stats.nct.sf(edge, n - 1, shift) - 0.8, 0, 100)
-    return float(shift * spread / math.sqrt(n))
+    return max(float(shift * spread / math.sqrt(n)), half * float(1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975)))
 
 
 def by_group(values: Array, asked: Asked, groups: Mapping[str, Sequence[str]]) -> dict[str, Estimate]:

@@ -1,8 +1,10 @@
 """``python -m pipelines study``: train what is missing, then say what has been found so far."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from olavlm.data.atomic import replace
 from olavlm.eval import cv_bench
 from olavlm.eval.bootstrap import Estimate
 from olavlm.provenance import provenance
-from pipelines.results import read_json
+from pipelines.results import read_json, read_lines
 from pipelines.settings import Setting, run_all
 from pipelines.study.analysis import Array, Asked, Replies, by_group, detectable, interval, stack_cosines
 from pipelines.study.page import draw_accuracies, draw_gains, write
@@ -79,16 +81,17 @@ def collect(protocol: Protocol, base: PipelineConfig, students: dict[Key, Settin
     finished = {key: setting for key, setting in students.items() if _finished(setting)}
     answers = {key: asked.read(_evaluated(setting) / "replies.jsonl") for key, setting in finished.items()}
     baselines = read_json(_evaluated(next(iter(finished.values()))) / "scores.json")["baselines"]
-    first = protocol.parts[0]
+    parts = [_answer(part, protocol, asked, answers) for part in protocol.parts]
+    gains = {(gain["arm"], gain["to"]): gain for gain in parts[0]["gains"]}
     return {
         "questions": {name: sum(task in tasks for task in asked.tasks) for name, tasks in protocol.groups.items()},
         "baselines": {
             name: {group: _expected(asked, rows, tasks) for group, tasks in protocol.groups.items()}
             for name, rows in baselines.items()
         },
-        "primary": [_gain(pair, first, protocol, asked, answers) for pair in protocol.primary.pairs],
-        "parts": [_answer(part, protocol, asked, answers) for part in protocol.parts],
-        "words": _words(first, asked, answers),
+        "primary": [gains[pair] for pair in protocol.primary.pairs],
+        "parts": parts,
+        "words": _words(protocol.parts[0], asked, answers),
         "students": [_told(key, setting) for key, setting in finished.items()],
         **provenance(),
     }
@@ -121,10 +124,11 @@ def _gain(pair: Pair, part: Part, protocol: Protocol, asked: Asked, answers: Ans
     told: dict[str, Any] = {"arm": arm, "to": other, "seeds": [*gains], "by_seed": {}, "groups": {}}
     if len(gains) > 1:
         values = np.stack([*gains.values()])
-        of_group = {name: values[:, np.isin(asked.tasks, tasks)] for name, tasks in protocol.groups.items()}
-        told["by_seed"] = {name: found.mean(1).tolist() for name, found in of_group.items()}
+        asks = {name: np.isin(asked.tasks, tasks) for name, tasks in protocol.groups.items()}
+        told["by_seed"] = {name: values[:, here].mean(1).tolist() for name, here in asks.items()}
         told["groups"] = by_group(values, asked, protocol.groups)
-        told["detectable"] = detectable(of_group[protocol.primary.group])
+        decides = asks[protocol.primary.group]
+        told["detectable"] = detectable(values[:, decides], asked.images[decides])
     return told
 
 
@@ -150,12 +154,20 @@ def _told(key: Key, setting: Setting) -> dict[str, Any]:
         "arm": key[0],
         "seed": key[1],
         "stages": {
-            stage: {name: done[name] for name in ("steps", "samples", "seconds", "final")}
+            stage: {name: done[name] for name in ("steps", "samples", "seconds")}
+            | {"losses": _losses(runs.stage_dir(setting.config, stage), done["final"])}
             for stage, done in stages.items()
         },
         "commits": sorted({str(done["provenance"]["commit"]) for done in stages.values()}),
         "answered": read_json(_evaluated(setting) / "scores.json")["scores"]["micro"]["answered"],
     }
+
+
+def _losses(folder: Path, names: Iterable[str]) -> dict[str, float]:
+    """Means over the last quarter of the steps that a stage has logged; a single step is a single batch."""
+    lines = read_lines(folder / "metrics.jsonl")
+    last = lines[-max(len(lines) // 4, 1) :]
+    return {name: fmean(line[name] for line in last) for name in names}
 
 
 def _probes(protocol: Protocol, probed: dict[int, tuple[dict[str, str], Setting]]) -> dict[str, Any]:

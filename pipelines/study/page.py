@@ -29,7 +29,7 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
         "",
         f"Written by `make study` at commit {commit or 'unknown'} on {machine}, torch {torch}; its students were "
         f"trained at commit {', '.join(commits)}{overrides}. The protocol has not changed since the first of them was "
-        "begun: `pipelines/study/protocol.yaml`, and as read `protocol.json` beside the students.",
+        f"begun: `git show {commits[0]}:pipelines/study/protocol.yaml`, and `protocol.json` beside the students.",
         "",
         *_verdict(protocol, found),
         "",
@@ -37,14 +37,14 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
         "",
         "![Accuracy of each arm in each task](accuracy.png)",
         "",
-        "Accuracies in %, gains in points, each with its 95 % interval: the outer ends of a two-way bootstrap over "
-        "seeds and images and of a t interval over seeds. They are for other seeds, of what is new in a student and of "
-        "the order, and for other questions; not for other corpora, teachers or language models. Questions: "
-        + ", ".join(f"{name} {count:,}" for name, count in found["questions"].items())
-        + ".",
+        "Accuracies in %, gains in points, each with an interval of 95 % at least: the outer ends of a two-way "
+        "bootstrap over seeds and images and of a t interval over seeds. They are for other seeds, of what is new in a "
+        "student and of the order, and for other questions; not for other corpora, teachers or language models. "
+        "Questions: " + ", ".join(f"{name} {count:,}" for name, count in found["questions"].items()) + ".",
         "",
         _chance(found),
     ]
+    found_in = f"found in 8 of 10, {protocol.primary.group}"
     for part in found["parts"]:
         lines += ["", f"## {part['question']}", ""]
         gains = [
@@ -52,6 +52,7 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
                 f"{gain['arm']} − {gain['to']}",
                 f"{len(gain['seeds'])} of {len(part['planned'])}",
                 *(_said(_percent(gain["groups"][group]), _GAIN, bold=True) for group in groups),
+                f"{100 * gain['detectable']:.1f}",
             ]
             for gain in part["gains"]
             if gain["groups"]
@@ -66,9 +67,17 @@ def write(protocol: Protocol, found: Mapping[str, Any]) -> str:
                 for name, of in found["baselines"].items()
             ]
         lines += (
-            [*_table(["gain", "seeds", *groups], gains), ""] if gains else ["Fewer than two seeds are finished.", ""]
+            [*_table(["gain", "seeds", *groups, found_in], gains), ""]
+            if gains
+            else ["Fewer than two seeds are finished.", ""]
         )
         lines += _table(["accuracy", *groups], rows)
+        if part is found["parts"][0]:
+            lines += [
+                "",
+                "*blind*, who reads the question alone, has chance by construction of the questions; *2-D boxes* knows "
+                "the facts that 2-D questions are about, so there it is a ceiling, not a measurement.",
+            ]
     if found["probes"]:
         lines += _where(protocol, found["probes"])
     return "\n".join([*lines, *_words(found["words"]), *_students(found["students"])]) + "\n"
@@ -93,7 +102,10 @@ def draw_gains(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     panels[0].set_yticks(range(len(rows)), [name for name, _ in rows])
     for label, (_, gain) in zip(panels[0].get_yticklabels(), rows, strict=True):
         label.set_fontweight("normal" if gain else "bold")
-    figure.supxlabel("gain in accuracy, percentage points: 95 % interval, and | of each seed", fontsize="medium")
+    figure.supxlabel(
+        "gain in accuracy (right of 0: the first is better), points: 95 % interval, and | of each seed",
+        fontsize="medium",
+    )
     return _png(figure)
 
 
@@ -112,7 +124,7 @@ def draw_accuracies(protocol: Protocol, found: Mapping[str, Any]) -> bytes:
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
-    figure.supxlabel("accuracy in % with its 95 % interval", fontsize="medium")
+    figure.supxlabel("accuracy in % with its 95 % interval; every panel has a scale of its own", fontsize="medium")
     return _png(figure)
 
 
@@ -168,8 +180,9 @@ def _verdict(protocol: Protocol, found: Mapping[str, Any]) -> list[str]:
 
 def _chance(found: Mapping[str, Any]) -> str:
     """How many intervals exclude 0, and how many would if nothing did anything."""
-    gains = [gain["groups"] for part in found["parts"] for gain in part["gains"] if gain["groups"]]
-    intervals = [estimate for gain in gains for estimate in gain.values()]
+    # A pair that is compared again with fewer seeds counts once.
+    pairs = {(gain["arm"], gain["to"]): gain for part in reversed(found["parts"]) for gain in part["gains"]}
+    intervals = [estimate for gain in pairs.values() for estimate in gain["groups"].values()]
     sure = sum(map(_excludes_0, intervals))
     return (
         f"**Bold**: the interval excludes 0, as {sure} of the {len(intervals)} gains in answers below do; if no arm "
@@ -186,15 +199,21 @@ def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
         "## Where?",
         "",
         "Cosine of what a plain probe reads from a layer of the fine-tuned student to the teacher's feature, on images "
-        "held out, and what arms differ by. A probe below *mean target* has yet to learn more than the mean of all.",
+        "held out, and what arms differ by; in brackets how much of the way it is from the mean of all targets to the "
+        "image's own.",
     ]
     for task, of_task in probed.items():
         layers = of_task["layers"].values()
-        rows = [[arm, *(f"{of['cosine'][arm].value:.4f}" for of in layers)] for arm in protocol.probes]
+        floor = of_task["floor"]
+        cosines = {arm: [of["cosine"][arm].value for of in layers] for arm in protocol.probes}
+        rows = [
+            [arm, *(f"{value:.4f} ({(value - floor) / (1 - floor):.0%})" for value in values)]
+            for arm, values in cosines.items()
+        ]
         for number, pair in enumerate(next(iter(layers))["gains"]):
             found = [of["gains"][number]["gain"] for of in layers]
             rows.append([f"{pair['arm']} − {pair['to']}", *(_said(one, gain, bold=True) for one in found)])
-        rows.append(["*mean target*", *(f"{of_task['floor']:.4f}" for _ in layers)])
+        rows.append(["*mean target*", *(f"{floor:.4f}" for _ in layers)])
         header = [f"{task}, {of_task['images']:,} images", *(f"layer {layer}" for layer in of_task["layers"])]
         lines += ["", *_table(header, rows)]
     return lines
@@ -202,7 +221,7 @@ def _where(protocol: Protocol, probed: Mapping[str, Any]) -> list[str]:
 
 def _words(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     """Whether what students write before the letter tells more than the letter."""
-    tasks = list(next(iter(found.values())))
+    tasks = list(dict.fromkeys(task for of_arm in found.values() for task in of_arm))
     rows = [[arm, *(f"{of[task]['named']:.1%}, {of[task]['fits']:.1%}" for task in tasks)] for arm, of in found.items()]
     return [
         "",
@@ -233,7 +252,7 @@ def _students(students: Sequence[Mapping[str, Any]]) -> list[str]:
         rows.append([*told, f"{fmean(one['answered'] for one in of_arm):.1%}"])
         values: dict[str, list[float]] = defaultdict(list)
         for one in of_arm:
-            for key, value in one["stages"][stages[0]]["final"].items():
+            for key, value in one["stages"][stages[0]]["losses"].items():
                 task, _, term = key.partition("/")  # task/layer/term, or text
                 values[f"{task} {term.rpartition('/')[2].replace('_', ' ')}".strip()].append(value)
         losses[arm] = {term: fmean(of_term) for term, of_term in values.items() if term != "loss"}
@@ -248,7 +267,7 @@ def _students(students: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         *_table(header, rows),
         "",
-        f"Losses of the last step of {stages[0]}, means over layers and students:",
+        f"Losses in the last quarter of {stages[0]}, means over layers and students:",
         "",
         *_table(
             ["arm", *terms],

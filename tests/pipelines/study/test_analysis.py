@@ -80,9 +80,22 @@ def test_gains_are_kept_apart_by_task():
 
 def test_a_gain_as_large_as_is_called_detectable_is_found_in_eight_of_ten_studies():
     rng = np.random.default_rng(2)
-    size = detectable(np.array([[-1.0, 0, 1]]).T / np.std([-1, 0, 1], ddof=1))  # of three seeds that differ by 1
+    size = detectable(np.array([[-1.0, 0, 1]]).T / np.std([-1, 0, 1], ddof=1), np.zeros(1, int))  # of seeds 1 apart
     found = [over_seeds(rng.normal(size, 1, (3, 1))) for _ in range(2000)]
     assert sum(estimate.low > 0 for estimate in found) / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_gain_is_called_detectable_by_the_interval_that_decides_not_by_its_narrower_half():
+    """Where all seeds' students are equally good, but images differ, the t interval alone would find anything."""
+    rng = np.random.default_rng(3)
+    images = np.arange(300)
+
+    def study(gain):
+        return gain + rng.normal(0, 0.5, (1, 300)) + rng.normal(0, 0.05, (5, 300))
+
+    size = np.mean([detectable(study(0), images) for _ in range(10)])
+    found = [interval(study(size), images) for _ in range(100)]
+    assert 0.7 <= np.mean([estimate.low > 0 for estimate in found]) <= 0.95
 
 
 def line(number, reply, parsed, answer="A"):
