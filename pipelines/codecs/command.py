@@ -52,6 +52,7 @@ def page(distortion: dict[str, Any], lines: Rows, sizes: Sizes) -> str:
         published=_published(distortion["published"]),
         students=students_table(lines),
         seeds=len({line["seed"] for line in lines}),
+        commit=distortion["commit"],
         machine=distortion["machine"],
         torch=versions["torch"],
         sizes=sizes,
@@ -130,7 +131,7 @@ def _table(rows: Iterable[list[str]]) -> str:
 
 PAGE = """# Codecs: what storing targets in fewer bits costs, and what it does to a student
 
-Written by `make codecs` on {machine}, torch {torch}.
+Written by `make codecs` at commit {commit} on {machine}, torch {torch}.
 
 - **fp16**, **int8**, **int4** are in `olavlm.data.codec`; int8+zstd is int8 through zstd, level 1.
 - **ternary**: signs, Hadamard, three levels, five to a byte, one scale per token; nothing is learned. *Unbiased*: the

@@ -46,7 +46,12 @@ def test_the_page_says_how_to_get_the_rows_that_are_missing() -> None:
     row = {"source": "demo depth", "codec": "int8", "bytes": 6400.0, "bits": 8.33, "side_bytes": 0}
     errors_of_row = {"cosine": 1.0, "cosine, 1 %": 0.99, "error": 0.006, "error, 99 %": 0.01, "probes": {"R²": 0.5}}
     times = {"encode_ms": 0.1, "decode_ms": 0.2}
-    found = {"features": [row | errors_of_row | times], "published": [row | times], "machine": "a machine"}
+    found = {
+        "features": [row | errors_of_row | times],
+        "published": [row | times],
+        "commit": "c0ffee",
+        "machine": "a machine",
+    }
     text = page({**found, "versions": {"torch": "2.13"}}, LINES, Sizes())
     assert "pip install --no-deps efficientnet-lite-pytorch" in text
     assert "| demo depth | int8 | 6,400 | 8.33 | 1 / 1.9 | 1.00000 | 0.99000 | 0.0060 | 0.0100 | R² 0.500 |" in text
