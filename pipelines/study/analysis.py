@@ -150,10 +150,12 @@ def detectable(values: Array, images: Array) -> float:
         images: (questions,) int, which image a question is about.
     """
     means, both = values.mean(1), two_way(values, images)
-    n, spread = len(means), float(means.std(ddof=1))
-    edge, half = stats.t.ppf((1 + LEVEL) / 2, n - 1), (both.high - both.low) / 2
+    n, spread, upper = len(means), float(means.std(ddof=1)), (1 + LEVEL) / 2
+    edge = stats.t.ppf(upper, n - 1)
     shift = optimize.brentq(lambda shift: stats.nct.sf(edge, n - 1, shift) - 0.8, 0, 100)
-    return max(float(shift * spread / math.sqrt(n)), half * float(1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975)))
+    of_seeds = shift * spread / math.sqrt(n)
+    of_both = (both.high - both.low) / 2 * (1 + stats.norm.ppf(0.8) / stats.norm.ppf(upper))
+    return float(max(of_seeds, of_both))
 
 
 def by_group(values: Array, asked: Asked, groups: Mapping[str, Sequence[str]]) -> dict[str, Estimate]:
